@@ -1,0 +1,13 @@
+"""Fused kernels for multi-interest and cross-domain recommendation in PyTorch.
+
+`ops` holds the functions, `nn` the modules made of them, `reference` the same equations in plain
+PyTorch; `backends` says which implementation serves a call and why.
+"""
+
+from mimnet_fast import backends, nn, ops
+from mimnet_fast.backends import BackendUnavailable, use_backend
+from mimnet_fast.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailable", "__version__", "backends", "nn", "ops", "use_backend", "verify"]

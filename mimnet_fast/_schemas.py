@@ -1,0 +1,62 @@
+"""Declaration of every op, before any library is loaded.
+
+Ops exist without a compiler: `_C` and the Triton kernels only add implementations. Codes stand for
+option names (`_options.py`). `needs` is a bit mask over the inputs of the forward op whose gradient is
+wanted; the others come back as empty tensors. A `mask` is boolean ``[B,L]`` or integer lengths ``[B]``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("mimnet_fast", "FRAGMENT")
+
+_ATTENTION = "Tensor {0}_kw, Tensor {0}_kb, Tensor {0}_vw, Tensor {0}_vb"
+_FUSION = f"{_ATTENTION.format('fine')}, {_ATTENTION.format('coarse')}, Tensor fusion_weight, Tensor fusion_bias"
+_BRIDGE = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
+_PROJECTIONS = (
+    "Tensor? key_weight, Tensor? key_bias, Tensor? value_weight, Tensor? value_bias, "
+    "Tensor? capsule_mask, float scale, int power, bool hard"
+)
+_MIMNET = (
+    "Tensor history, Tensor? table, Tensor source, Tensor item, Tensor prototype, "
+    f"Tensor routing_weight, {_BRIDGE}, {_FUSION}, Tensor logits, Tensor? mask, "
+    "int iterations, int padding"
+)
+
+
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+SCHEMAS = (
+    "squash(Tensor x, int form, float eps, float power) -> Tensor",
+    "squash_backward(Tensor grad, Tensor x, int form, float eps, float power) -> Tensor",
+    # -> capsules, coupling [B,K,L], pooled [B,K,D_in] (what the last pass summed, before the weight)
+    "dynamic_routing(Tensor inputs, Tensor? weight, Tensor? logits, Tensor? mask, "
+    "Tensor? capsule_mask, int num_capsules, int iterations, int softmax_over, int padding, "
+    "bool inner_squash, bool final_squash, float temperature, int squash, float eps, float power) "
+    f"-> {_tensors(3)}",
+    "dynamic_routing_backward(Tensor grad, Tensor inputs, Tensor? weight, Tensor coupling, "
+    "Tensor pooled, bool final_squash, int squash, float eps, float power, int needs) "
+    f"-> {_tensors(2)}",
+    f"interest_bridge(Tensor interests, Tensor source, {_BRIDGE}) -> Tensor",
+    f"interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, {_BRIDGE}, int needs) "
+    f"-> {_tensors(6)}",
+    # -> output, weights [B,C,K]
+    f"target_attention(Tensor query, Tensor interests, {_PROJECTIONS}) -> {_tensors(2)}",
+    "target_attention_backward(Tensor grad, Tensor? grad_weights, Tensor query, Tensor interests, "
+    f"{_PROJECTIONS}, int needs) -> {_tensors(6)}",
+    # -> output, gate [B,C]
+    f"multi_granularity_attention(Tensor item, Tensor prototype, Tensor interests, {_FUSION}) "
+    f"-> {_tensors(2)}",
+    "multi_granularity_attention_backward(Tensor grad, Tensor? grad_gate, Tensor item, "
+    f"Tensor prototype, Tensor interests, {_FUSION}, int needs) -> {_tensors(13)}",
+    # -> ratings [B], pooled [B,K,D], transferred interests [B,K,D]
+    f"mimnet_forward({_MIMNET}) -> {_tensors(3)}",
+    f"mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, {_MIMNET}, int needs) "
+    f"-> {_tensors(19)}",
+)
+
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)

@@ -1,0 +1,20 @@
+"""The ops: autograd functions over tensors, each served by the backend that fits the call."""
+
+from mimnet_fast.ops.dynamic_routing import dynamic_routing
+from mimnet_fast.ops.interest_bridge import interest_bridge
+from mimnet_fast.ops.mimnet_forward import mimnet_forward
+from mimnet_fast.ops.multi_granularity_attention import multi_granularity_attention
+from mimnet_fast.ops.squash import squash
+from mimnet_fast.ops.target_attention import target_attention
+from mimnet_fast.reference import MIMNetParameters
+
+FUNCTIONS = (
+    "squash",
+    "dynamic_routing",
+    "interest_bridge",
+    "target_attention",
+    "multi_granularity_attention",
+    "mimnet_forward",
+)
+
+__all__ = ["FUNCTIONS", "MIMNetParameters", *FUNCTIONS]

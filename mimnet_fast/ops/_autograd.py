@@ -1,0 +1,62 @@
+"""What the backward formulas of the ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def bits(needs: Sequence[bool]) -> int:
+    """Flags as the bit mask that the backward ops take: bit i is ``needs[i]``."""
+    return sum(1 << i for i, need in enumerate(needs) if need)
+
+
+def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that were asked for; the backward op returns empty tensors for the others."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def empty_or_like(tensors: Sequence[Tensor | None], like: Tensor, needs: int) -> tuple[Tensor, ...]:
+    """Fake result of a backward op: like the input where its bit is set, else empty."""
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        if t is not None and needs >> i & 1
+        else like.new_empty(0)
+        for i, t in enumerate(tensors)
+    )
+
+
+def reference_vjp(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Differentiable gradients of ``function(*inputs)``, for a backward that is differentiated again.
+
+    Kernels have no second derivative of their own, so the reference supplies it. Every input becomes a
+    view of itself: the same tensor passed twice must not get both shares in both places.
+    """
+    with torch.enable_grad():
+        views = [t.view_as(t) if n and t is not None else t for t, n in zip(inputs, needs, strict=True)]
+        outputs = function(*views)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, grad_outputs, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        targets = [v for v, n in zip(views, needs, strict=True) if n and v is not None]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                targets,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return [next(found) if n and v is not None else None for v, n in zip(views, needs, strict=True)]

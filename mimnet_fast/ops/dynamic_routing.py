@@ -1,0 +1,286 @@
+"""Dynamic routing between L input capsules and K interest capsules, all iterations in one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimnet_fast import backends, reference
+from mimnet_fast._options import GRADIENTS, PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES, code
+from mimnet_fast.ops import _autograd, _checks
+from mimnet_fast.ops.squash import check_squash
+
+_INPUTS = "[B, L, D_in], or the votes [B, K, L, D] when weight is None"
+_WEIGHT = "None, [D_in, D], [K, D_in, D] or [L, K, D_in, D]"
+
+
+def _capsules(candidates: dict[str, int | None]) -> int:
+    """K, on which everything that tells it has to agree."""
+    told = {name: k for name, k in candidates.items() if k is not None}
+    if not told:
+        raise ValueError(
+            "num_capsules: got None, but neither weight nor logits tells K; pass num_capsules"
+        )
+    (first, k), *others = told.items()
+    for name, other in others:
+        if other != k:
+            raise ValueError(f"{name}: got {other} capsules, but {first} has {k}")
+    return k
+
+
+def dynamic_routing(
+    inputs: Tensor,
+    weight: Tensor | None = None,
+    logits: Tensor | None = None,
+    *,
+    num_capsules: int | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    capsule_mask: Tensor | None = None,
+    iterations: int = 3,
+    softmax_over: str = "capsules",
+    padding: str = "zero_after",
+    gradient: str = "last",
+    update: str = "accumulate",
+    normalize_agreement: bool = False,
+    inner_squash: bool = True,
+    final_squash: bool = True,
+    temperature: float = 1.0,
+    squash: str = "sqrt_eps",
+    eps: float = 1e-8,
+    power: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Route L inputs to K capsules by agreement (Sabour et al. 2017; MIND, Li et al. 2019).
+
+    With votes ``u_klj = (x_l W)_j`` and routing logits ``b``, every iteration computes::
+
+        c = softmax(b / temperature)          over the capsules or over the inputs
+        z_k = sum_l c_kl u_kl                 the weighted sum
+        v_k = squash(z_k)
+        b_kl <- b_kl + v_k . u_kl             not after the last iteration
+
+    Shared and per-capsule weights never form the votes on the compiled backends.
+
+    Args:
+        inputs: ``[B, L, D_in]``; with ``weight=None`` the votes, ``[B, L, D]`` (the same for all K) or
+            ``[B, K, L, D]``.
+        weight: None, ``[D_in, D]`` shared, ``[K, D_in, D]`` per capsule, or ``[L, K, D_in, D]`` per
+            position and capsule.
+        logits: First logits, ``[B, K, L]`` or ``[1, K, L]``; None is zeros. Nothing is drawn here: with
+            a shared weight and zero logits all capsules come out equal.
+        num_capsules: K, needed when neither ``weight`` nor ``logits`` tells it.
+        mask: Boolean ``[B, L]``, True at real items, any pattern. Or
+        lengths: integer ``[B]``, the first ``lengths[b]`` items are real.
+        capsule_mask: Boolean ``[B, K]``; an absent capsule takes part in nothing and comes out 0.
+        iterations: Weighted sums, so there are ``iterations - 1`` updates.
+        softmax_over: ``"capsules"`` (an input divides itself among the capsules) or ``"inputs"``.
+        padding: What a padded position gets. ``"zero_after"``: coupling 0 after the softmax, its
+            logits still count in a softmax over the inputs. ``"fill_before"``: logit -1e9 before the
+            softmax, which over the capsules is the coupling 1/K and not 0 (released MIMNet).
+            ``"ignore"``: as if the position were not there.
+        gradient: ``"last"``: the couplings are constants and only the last sum propagates;
+            ``"full"``: through all iterations.
+        update: ``"accumulate"``: ``b + agreement``; ``"replace"``: ``agreement``; ``"coupling"``:
+            ``c + agreement``.
+        normalize_agreement: Use L2-normalised votes in the agreement.
+        inner_squash: Squash before the agreement.
+        final_squash: Squash the result.
+        temperature: Divides the logits inside the softmax.
+        squash: Form of the squash, see :func:`mimnet_fast.ops.squash`, with its ``eps`` and ``power``.
+        backend: See :mod:`mimnet_fast.backends`.
+
+    Returns:
+        The capsules ``[B, K, D]``.
+
+    Raises:
+        ValueError: for shapes, counts or options that do not fit, naming the argument.
+        TypeError: for wrong types or dtypes.
+
+    Example:
+        >>> import torch
+        >>> x, w, b = torch.ones(2, 5, 4), torch.eye(4), torch.zeros(1, 3, 5)
+        >>> dynamic_routing(x, w, b, lengths=torch.tensor([5, 0])).norm(dim=-1).round(decimals=3)
+        tensor([[0.9170, 0.9170, 0.9170],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    inputs = _checks.leading("inputs", inputs, (3, 4), _INPUTS)
+    if weight is not None:
+        _checks.is_tensor("weight", weight, (2, 3, 4), _WEIGHT)
+    if logits is not None:
+        _checks.is_tensor("logits", logits, (3,), "[B, K, L] or [1, K, L]")
+    if num_capsules is not None:
+        _checks.whole("num_capsules", num_capsules, 1, "K")
+    if inputs.dim() == 4 and weight is not None:
+        raise ValueError(
+            f"inputs: got votes of shape {list(inputs.shape)} together with a weight; pass weight=None "
+            "or inputs [B, L, D_in]"
+        )
+    batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
+    k = _capsules(
+        {
+            "weight": weight.shape[-3] if weight is not None and weight.dim() > 2 else None,
+            "inputs": inputs.shape[1] if inputs.dim() == 4 else None,
+            "logits": None if logits is None else logits.shape[1],
+            "num_capsules": num_capsules,
+        }
+    )
+    if length < 1:
+        raise ValueError("inputs: got L = 0, need at least one position; pad and mask instead")
+    inputs, weight, logits = _checks.autocast((inputs, weight, logits), inputs.device.type)
+    if weight is not None:
+        tail = (d_in, weight.shape[-1])
+        shape = (*((), (k,), (length, k))[weight.dim() - 2], *tail)
+        _checks.same("weight", weight, shape, _WEIGHT, inputs)
+    if logits is not None:
+        rows = 1 if logits.shape[0] == 1 else batch
+        _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", inputs)
+    real = _checks.history_mask(mask, lengths, batch, length, inputs)
+    if capsule_mask is not None:
+        _checks.capsule_mask(capsule_mask, batch, k, inputs)
+    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
+    temperature = _checks.number("temperature", temperature, above=0.0, meaning="divides the logits")
+    axis_code = code("softmax_over", softmax_over, SOFTMAX_AXES)
+    padding_code = code("padding", padding, PADDINGS)
+    code("gradient", gradient, GRADIENTS)
+    code("update", update, UPDATES)
+    squash_code, power = check_squash(squash, eps, power, "squash")
+
+    unsupported = []
+    if weight is not None and weight.dim() == 4:
+        unsupported.append("a weight per position and capsule has no kernel yet")
+    if gradient == "full":
+        unsupported.append('gradient="full" has no kernel yet')
+    if update != "accumulate":
+        unsupported.append(f"update={update!r} has no kernel yet")
+    if normalize_agreement:
+        unsupported.append("normalize_agreement has no kernel yet")
+    chosen = backends.select("dynamic_routing", backend, inputs.device.type, unsupported)
+    if chosen == "reference":
+        return reference.dynamic_routing(
+            inputs,
+            weight,
+            inputs.new_zeros(1, k, length) if logits is None else logits,
+            mask=_checks.lengths_to_mask(real, length),
+            capsule_mask=capsule_mask,
+            iterations=iterations,
+            softmax_over=softmax_over,
+            padding=padding,
+            gradient=gradient,
+            update=update,
+            normalize_agreement=normalize_agreement,
+            inner_squash=inner_squash,
+            final_squash=final_squash,
+            temperature=temperature,
+            squash=squash,
+            eps=eps,
+            power=power,
+        )
+    capsules, _, _ = torch.ops.mimnet_fast.dynamic_routing(
+        inputs,
+        weight,
+        None if logits is None else logits.detach(),
+        real,
+        capsule_mask,
+        k,
+        iterations,
+        axis_code,
+        padding_code,
+        inner_squash,
+        final_squash,
+        temperature,
+        squash_code,
+        eps,
+        power,
+    )
+    return capsules
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of what a kernel saves for backward: its accumulator's."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@torch.library.register_fake("mimnet_fast::dynamic_routing")
+def _fake(
+    inputs: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    capsule_mask: Tensor | None,
+    num_capsules: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
+    d = d_in if weight is None else weight.shape[-1]
+    saved = saved_dtype(inputs.dtype)
+    return (
+        inputs.new_empty(batch, num_capsules, d),
+        inputs.new_empty(batch, num_capsules, length, dtype=saved),
+        inputs.new_empty(batch, num_capsules, d_in, dtype=saved),
+    )
+
+
+@torch.library.register_fake("mimnet_fast::dynamic_routing_backward")
+def _fake_backward(
+    grad: Tensor,
+    inputs: Tensor,
+    weight: Tensor | None,
+    coupling: Tensor,
+    pooled: Tensor,
+    final_squash: bool,
+    squash: int,
+    eps: float,
+    power: float,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    return _autograd.empty_or_like((inputs, weight), inputs, needs)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, logits, mask, capsule_mask, _, *ctx.options = inputs
+    _, coupling, pooled = output
+    ctx.mark_non_differentiable(coupling, pooled)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, logits, mask, capsule_mask, coupling, pooled)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, _coupling: None, _pooled: None
+) -> tuple[Tensor | None, ...]:
+    x, weight, logits, mask, capsule_mask, coupling, pooled = ctx.saved_tensors
+    iterations, axis, padding, inner, final, temperature, squash, eps, power = ctx.options
+    needs = list(ctx.needs_input_grad[:2])
+    grads: list[Tensor | None] = [None, None]
+    if grad is not None and torch.is_grad_enabled():
+
+        def again(x: Tensor, weight: Tensor | None) -> Tensor:
+            return reference.dynamic_routing(
+                x,
+                weight,
+                x.new_zeros(1, *coupling.shape[1:]) if logits is None else logits,
+                mask=_checks.lengths_to_mask(mask, x.shape[-2]),
+                capsule_mask=capsule_mask,
+                iterations=iterations,
+                softmax_over=SOFTMAX_AXES[axis],
+                padding=PADDINGS[padding],
+                inner_squash=inner,
+                final_squash=final,
+                temperature=temperature,
+                squash=SQUASH_FORMS[squash],
+                eps=eps,
+                power=power,
+            )
+
+        grads = _autograd.reference_vjp(again, [x, weight], needs, [grad])
+    elif grad is not None:
+        found = torch.ops.mimnet_fast.dynamic_routing_backward(
+            grad, x, weight, coupling, pooled, final, squash, eps, power, _autograd.bits(needs)
+        )
+        grads = _autograd.wanted(found, needs)
+    return (*grads, *(None,) * 13)
+
+
+torch.library.register_autograd("mimnet_fast::dynamic_routing", _backward, setup_context=_setup)

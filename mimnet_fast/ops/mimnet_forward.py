@@ -1,0 +1,232 @@
+"""The whole second stage of MIMNet, history to rating, as one op with one backward op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimnet_fast import backends, reference
+from mimnet_fast._options import PADDINGS, code
+from mimnet_fast.ops import _autograd, _checks
+from mimnet_fast.ops.dynamic_routing import saved_dtype
+from mimnet_fast.ops.interest_bridge import check_bridge
+from mimnet_fast.ops.multi_granularity_attention import check_fusion
+from mimnet_fast.reference import MIMNetParameters
+
+_PARAMETERS = 15
+
+
+def _flat(p: MIMNetParameters) -> tuple[Tensor, ...]:
+    return (p.routing_weight, p.w1, p.b1, p.w2, p.b2, *p.fine, *p.coarse, p.fusion_weight, p.fusion_bias)
+
+
+def _nested(flat: tuple[Tensor, ...]) -> MIMNetParameters:
+    fine = (flat[5], flat[6], flat[7], flat[8])
+    coarse = (flat[9], flat[10], flat[11], flat[12])
+    return MIMNetParameters(*flat[:5], fine, coarse, *flat[13:])
+
+
+def mimnet_forward(
+    history: Tensor,
+    source: Tensor,
+    item: Tensor,
+    prototype: Tensor,
+    parameters: MIMNetParameters,
+    logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    table: Tensor | None = None,
+    iterations: int = 3,
+    padding: str = "zero_after",
+    backend: str | None = None,
+) -> Tensor:
+    """Predict ratings with MIMNet (arXiv 2408.00038): one op instead of about sixty.
+
+    ::
+
+        interests   = dynamic_routing(history, routing_weight, logits)
+        transferred = interest_bridge(interests, source, w1, b1, w2, b2)
+        user        = multi_granularity_attention(item, prototype, transferred, fine, coarse, fusion)
+        rating      = user . item
+
+    with last-pass routing gradient and softmax over the capsules.
+
+    Args:
+        history: Embedded histories ``[B, L, D]``, or integer item ids ``[B, L]`` with ``table``.
+        source: The users' source-domain vectors ``[B, D]``.
+        item: Candidate items ``[B, D]``.
+        prototype: The candidates' prototypes ``[B, D]``.
+        parameters: The trainable tensors, :class:`MIMNetParameters`.
+        logits: First routing logits ``[B, K, L]`` or ``[1, K, L]``.
+        mask: Boolean ``[B, L]``, True at real items; or
+        lengths: integer ``[B]``.
+        table: Source item table ``[N, D]``, gathered inside the op when ``history`` holds ids.
+        iterations: Routing passes, at least 1.
+        padding: As in :func:`dynamic_routing`.
+        backend: See :mod:`mimnet_fast.backends`.
+
+    Returns:
+        Ratings ``[B]``.
+
+    Raises:
+        ValueError: for shapes, ids, lengths, devices or options that do not fit, naming the argument.
+        TypeError: for wrong types or dtypes.
+
+    Example:
+        >>> import torch
+        >>> from mimnet_fast import nn
+        >>> d, routing, bridge = 4, nn.DynamicRouting(4, 4, 3), nn.InterestBridge(4, 4, 4, 8)
+        >>> attention = nn.MultiGranularityAttention(4)
+        >>> parameters = MIMNetParameters(
+        ...     routing.weight, *bridge.parameters(), *attention.weights())
+        >>> x, s, v, p = torch.randn(2, 5, d), *torch.randn(3, 2, d)
+        >>> mimnet_forward(x, s, v, p, parameters, torch.randn(1, 3, 5)).shape
+        torch.Size([2])
+    """
+    source = _checks.leading("source", source, (2,), "[B, D]")
+    logits = _checks.is_tensor("logits", logits, (3,), "[B, K, L] or [1, K, L]")
+    if not isinstance(parameters, MIMNetParameters):
+        raise TypeError(f"parameters: got {type(parameters).__name__}, need MIMNetParameters")
+    for name in ("fine", "coarse"):
+        if len(getattr(parameters, name)) != 4:
+            raise TypeError(f"parameters.{name}: need 4 tensors")
+    floats = (source, item, prototype, table, logits, *_flat(parameters))
+    device = source.device.type
+    source, item, prototype, table, logits, *rest = _checks.autocast(floats, device)
+    flat = tuple(rest)
+    batch, d = source.shape
+    history = _check_history(history, table, batch, source)
+    length, k = history.shape[1], logits.shape[1]
+    if length < 1 or k < 1:
+        raise ValueError(f"logits: got K = {k}, L = {length}, need at least one of each")
+    _checks.same("item", item, (batch, d), "[B, D]", source)
+    _checks.same("prototype", prototype, (batch, d), "[B, D]", source)
+    rows = 1 if logits.shape[0] == 1 else batch
+    _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", source)
+    _checks.same("routing_weight", flat[0], (d, d), "[D, D]", source)
+    if check_bridge(d, d, *flat[1:5], source) != d:
+        raise ValueError(f"b2: got {flat[4].shape[0]} values, need D*D = {d * d}")
+    check_fusion(flat[5:9], flat[9:13], flat[13], flat[14], d, source)
+    real = _checks.history_mask(mask, lengths, batch, length, source)
+    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
+    padding_code = code("padding", padding, PADDINGS)
+    unsupported = []
+    if table is not None and table.requires_grad:
+        unsupported.append("the table is frozen inside the op; pass embedded histories to train it")
+    chosen = backends.select("mimnet_forward", backend, device, unsupported)
+    if chosen == "reference":
+        return reference.mimnet_forward(
+            history,
+            source,
+            item,
+            prototype,
+            _nested(flat),
+            logits,
+            mask=_checks.lengths_to_mask(real, length),
+            table=table,
+            iterations=iterations,
+            padding=padding,
+        )
+    ratings, _, _ = torch.ops.mimnet_fast.mimnet_forward(
+        history, table, source, item, prototype, *flat, logits.detach(), real, iterations, padding_code
+    )
+    return ratings
+
+
+def _check_history(history: Any, table: Tensor | None, batch: int, like: Tensor) -> Tensor:
+    d = like.shape[-1]
+    if table is None:
+        embedded = _checks.leading("history", history, (3,), "[B, L, D] (or ids with table=...)")
+        (embedded,) = _checks.autocast((embedded,), like.device.type)
+        _checks.same("history", embedded, (batch, embedded.shape[1], d), "[B, L, D]", like)
+        return embedded
+    ids = _checks.is_tensor("history", history, (2,), "ids [B, L] with a table")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"history: got dtype {ids.dtype}, need int64 or int32 ids with a table")
+    rows = _checks.is_tensor("table", table, (2,), "[N, D]").shape[0]
+    _checks.same("table", table, (rows, d), "[N, D]", like)
+    if ids.shape[0] != batch:
+        raise ValueError(f"history: got {ids.shape[0]} rows, need B = {batch}")
+    if ids.device != like.device:
+        raise ValueError(f"history: is on {ids.device}, but the other arguments are on {like.device}")
+    _checks.in_range("history", ids, 0, rows - 1, "a row of the table")
+    return ids
+
+
+@torch.library.register_fake("mimnet_fast::mimnet_forward")
+def _fake(
+    history: Tensor, table: Tensor | None, source: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, d = source.shape
+    k = others[2 + _PARAMETERS].shape[1]
+    saved = saved_dtype(source.dtype)
+    return (
+        source.new_empty(batch),
+        source.new_empty(batch, k, d, dtype=saved),
+        source.new_empty(batch, k, d, dtype=saved),
+    )
+
+
+def _differentiable(history: Any, source: Any, *others: Any) -> tuple[Any, ...]:
+    """The 19 inputs that a gradient can be asked for: history, source, item, prototype, parameters."""
+    return (history, source, *others[: 2 + _PARAMETERS])
+
+
+@torch.library.register_fake("mimnet_fast::mimnet_forward_backward")
+def _fake_backward(grad: Tensor, pooled: Tensor, transferred: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    history, _, *others, needs = args
+    return _autograd.empty_or_like(_differentiable(history, *others), grad, needs)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.iterations, ctx.padding = inputs
+    _, pooled, transferred = output
+    ctx.mark_non_differentiable(pooled, transferred)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pooled, transferred, *tensors)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, _pooled: None, _transferred: None
+) -> tuple[Tensor | None, ...]:
+    pooled, transferred, history, table, *others = ctx.saved_tensors
+    logits, mask = others[-2:]
+    flags = ctx.needs_input_grad
+    needs = list(_differentiable(flags[0], *flags[2:]))
+    grads: list[Tensor | None] = [None] * len(needs)
+    if grad is not None and torch.is_grad_enabled():
+
+        def again(history: Tensor, *tensors: Tensor) -> Tensor:
+            return reference.mimnet_forward(
+                history,
+                *tensors[:3],
+                _nested(tensors[3:]),
+                logits,
+                mask=_checks.lengths_to_mask(mask, history.shape[1]),
+                table=table,
+                iterations=ctx.iterations,
+                padding=PADDINGS[ctx.padding],
+            )
+
+        inputs = _differentiable(history, *others)
+        grads = _autograd.reference_vjp(again, inputs, needs, [grad])
+    elif grad is not None:
+        found = torch.ops.mimnet_fast.mimnet_forward_backward(
+            grad,
+            pooled,
+            transferred,
+            history,
+            table,
+            *others,
+            ctx.iterations,
+            ctx.padding,
+            _autograd.bits(needs),
+        )
+        grads = _autograd.wanted(found, needs)
+    return (grads[0], None, *grads[1:], *(None,) * 4)
+
+
+torch.library.register_autograd("mimnet_fast::mimnet_forward", _backward, setup_context=_setup)

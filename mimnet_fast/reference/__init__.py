@@ -1,0 +1,34 @@
+"""Every op as readable PyTorch: the oracle of the tests and the baseline of the benchmarks.
+
+Each file holds the textbook form, as a reader of the paper would write it, and, where algebra alone
+saves work, the reassociated form that the kernels are derived from.
+"""
+
+from mimnet_fast.reference.dynamic_routing import dynamic_routing, dynamic_routing_reassociated
+from mimnet_fast.reference.interest_bridge import interest_bridge, interest_bridge_reassociated
+from mimnet_fast.reference.mimnet_forward import (
+    MIMNetParameters,
+    mimnet_forward,
+    mimnet_forward_reassociated,
+)
+from mimnet_fast.reference.multi_granularity_attention import (
+    multi_granularity_attention,
+    multi_granularity_attention_reassociated,
+)
+from mimnet_fast.reference.squash import squash
+from mimnet_fast.reference.target_attention import target_attention, target_attention_reassociated
+
+__all__ = [
+    "MIMNetParameters",
+    "dynamic_routing",
+    "dynamic_routing_reassociated",
+    "interest_bridge",
+    "interest_bridge_reassociated",
+    "mimnet_forward",
+    "mimnet_forward_reassociated",
+    "multi_granularity_attention",
+    "multi_granularity_attention_reassociated",
+    "squash",
+    "target_attention",
+    "target_attention_reassociated",
+]
