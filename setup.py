@@ -20,7 +20,9 @@ import subprocess
 import sys
 import sysconfig
 from functools import cached_property
+from itertools import dropwhile, islice
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
@@ -107,11 +109,21 @@ def find_tool(name: str) -> str | None:
 
 
 def run(command: list[str]) -> None:
-    print("+", " ".join(command), flush=True)
-    try:
-        subprocess.run(command, check=True)
-    except subprocess.CalledProcessError as error:
-        raise BuildError(f"`{' '.join(command)}` failed (exit {error.returncode})") from error
+    """Run with its output shown; a failure carries the first error and the three lines after it."""
+    print("+", *command, flush=True)
+    output = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output.append(line.strip())
+    if process.returncode:
+        after_error = dropwhile(lambda line: "error" not in line.lower(), filter(None, output))
+        raise BuildError(
+            f"{Path(command[0]).name} exited with {process.returncode}: "
+            + " ".join(islice(after_error, 4))
+        )
 
 
 class CMakeExtension(Extension):
@@ -131,9 +143,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         # Copy always: a library in the tree may be newer, but of another torch or Python.
         self.force = True
-        self.problems: dict[str, str | None] = {
-            library: f"not asked for (MIMNET_FAST_BUILD={MODE})" for library in ALL_LIBRARIES
-        }
+        self.problems: dict[str, str | None] = dict.fromkeys(
+            ALL_LIBRARIES, f"not asked for (MIMNET_FAST_BUILD={MODE})"
+        )
         self.facts: dict[str, object] = {}
         in_place = self.inplace
         super().run()
@@ -152,8 +164,8 @@ class CMakeBuild(build_ext):
             self.problems[ext.library] = str(error)
             if ext.optional:
                 print(
-                    f"\n*** mimnet_fast: the native library {ext.library} IS LEFT OUT: {error}\n"
-                    "*** Its operations will run on the slower PyTorch reference.\n"
+                    f"\n*** mimnet_fast: the native library {ext.library} IS LEFT OUT, see below.\n"
+                    "*** The package works without it, but more slowly.\n"
                     "*** MIMNET_FAST_BUILD=cpu makes this an error.\n",
                     file=sys.stderr,
                 )
@@ -170,7 +182,8 @@ class CMakeBuild(build_ext):
         torch_dir, torch_version = find_torch()
         self.facts["torch"] = torch_version
         ninja = find_tool("ninja")
-        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{'ninja' if ninja else 'make'}"
+        generator = "ninja" if ninja else "make"
+        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{generator}"
         cache = build_dir / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(build_dir)  # the tree was moved, which CMake refuses
@@ -216,7 +229,9 @@ class CMakeBuild(build_ext):
 class Build(build):
     """Always writes the build report, and packs no file that an earlier build left behind."""
 
-    sub_commands = [(n, None if n == "build_ext" else when) for n, when in build.sub_commands]
+    sub_commands: ClassVar = [
+        (name, None if name == "build_ext" else condition) for name, condition in build.sub_commands
+    ]
 
     def run(self) -> None:
         shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)
