@@ -218,7 +218,7 @@ class CMakeBuild(build_ext):
         report = {
             "version": self.distribution.get_version(),
             "mode": MODE,
-            "libraries": self.problems,
+            "libraries": {name: problem or "built" for name, problem in self.problems.items()},
             "python": platform.python_version(),
             "platform": sysconfig.get_platform(),
             **self.facts,
