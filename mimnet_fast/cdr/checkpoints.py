@@ -1,0 +1,39 @@
+"""Tensors and what belongs to them in one safetensors file, written atomically, never unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mimnet_fast.cdr.atomic import atomic_file
+from mimnet_fast.cdr.errors import UserError
+
+_KEY = "mimnet_fast"
+
+
+def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write ``tensors`` with ``record`` as JSON in the file's header."""
+    with atomic_file(path) as temporary:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={_KEY: json.dumps(record)})
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: the file is damaged or comes from elsewhere.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path}: no checkpoint of mimnet_fast, or damaged ({error}): delete it to train anew"
+        ) from error

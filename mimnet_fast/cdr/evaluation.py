@@ -1,0 +1,40 @@
+"""Errors of predicted ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimnet_fast.cdr.dataset import Ratings
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Ratings ``[B]`` of items ``[B]`` by users ``[B]``: called with (users, items)."""
+
+_BATCH = 8192
+
+
+class Errors(NamedTuple):
+    """Mean absolute error and root mean squared error over all ratings."""
+
+    mae: float
+    rmse: float
+
+
+def errors(predicted: Tensor, actual: Tensor) -> Errors:
+    """Errors in float64; predictions are taken as they are, not clipped to the scale.
+
+    >>> errors(torch.tensor([3.0, 7.0]), torch.tensor([3.0, 5.0]))
+    Errors(mae=1.0, rmse=1.4142135623730951)
+    """
+    difference = predicted.double() - actual.double()
+    return Errors(difference.abs().mean().item(), difference.square().mean().sqrt().item())
+
+
+@torch.no_grad()
+def evaluate(predict: Predict, ratings: Ratings) -> Errors:
+    """Errors of a model on ``ratings``, predicted in large batches."""
+    batches = zip(ratings.users.split(_BATCH), ratings.items.split(_BATCH), strict=True)
+    return errors(torch.cat([predict(*batch) for batch in batches]), ratings.values)

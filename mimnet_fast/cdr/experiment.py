@@ -1,0 +1,206 @@
+"""One run: base models, transfer models and trivial predictors on one split.
+
+The folder of a run holds what it learned::
+
+    source.safetensors                     base model of the source domain
+    {selection,final}/target.safetensors   base model of the target domain
+    {selection,final}/MODEL.safetensors    a transfer model after its last finished epoch
+    MODEL.safetensors                      weights of the `final` one at the honestly chosen epoch
+    results.json, results.md
+
+Finished epochs found there are not trained again, so a run goes on where it was killed, and models
+added later stand on the same base models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.progress import Progress
+
+from mimnet_fast.cdr import checkpoints, results
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.dataset import Dataset, Ratings
+from mimnet_fast.cdr.evaluation import errors, evaluate
+from mimnet_fast.cdr.models import (
+    MODELS,
+    TRIVIAL,
+    FrozenInputs,
+    MatrixFactorization,
+    item_prototypes,
+)
+from mimnet_fast.cdr.protocol import Phase, split
+from mimnet_fast.cdr.training import Epoch, Schedule, fit, seeded_generator, seeded_module
+
+PhaseName = Literal["selection", "final"]
+
+_BASE_SETTINGS = (
+    "beta",
+    "seed",
+    "history_order",
+    "features",
+    "learning_rate",
+    "base_epochs",
+    "base_batch_size",
+)
+
+
+def run(
+    dataset: Dataset, config: Config, models: Iterable[str], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train and measure ``models`` beside all trivial predictors.
+
+    Args:
+        dataset: A prepared dataset.
+        config: All settings.
+        models: Names in `MODELS`.
+        folder: The run's folder, new or to be gone on with.
+        progress: Where bars are drawn.
+
+    Returns:
+        What `results.json` says, models of earlier calls on ``folder`` included.
+
+    Raises:
+        UserError: settings that do not fit the data or what ``folder`` holds, or a diverging loss.
+    """
+    stage1 = BaseModels(dataset, config, folder, progress)
+    data = stage1.split
+    found: dict[str, Any] = {
+        name: {
+            "title": title,
+            **results.without_training(errors(predict(data), data.final.evaluation.values)),
+        }
+        for name, (title, predict) in TRIVIAL.items()
+    }
+    found |= results.read(folder).get("models", {})
+    for name in models:
+        spec = MODELS[name]
+        if spec.build is None:
+            curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
+        else:
+            curves = _train(name, stage1)
+        found[name] = {
+            "title": spec.title,
+            "source": spec.source,
+            "settings": {setting: getattr(config, setting) for setting in spec.settings},
+            **results.select_epochs(curves["selection"], curves["final"]),
+        }
+        summary = {**results.header(dataset, config, data), "models": found}
+        results.write(folder, summary)
+    return summary
+
+
+class BaseModels:
+    """Stage 1 of a run: matrix factorization of either domain, trained when first asked for.
+
+    Args:
+        dataset: A prepared dataset.
+        config: All settings.
+        folder: The run's folder.
+        progress: Where bars are drawn.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
+        self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
+        self.split = split(dataset, config.beta, config.seed, history_order=config.history_order)
+        self.identity = {"dataset": dataset.fingerprint} | {
+            name: getattr(config, name) for name in _BASE_SETTINGS
+        }
+        self._trained: dict[str, tuple[MatrixFactorization, list[Epoch]]] = {}
+
+    def source(self) -> tuple[MatrixFactorization, list[Epoch]]:
+        """Source model and its curve, which is measured on its own training ratings."""
+        train = self.split.train_source
+        users, items = self.dataset.num_source_users, self.dataset.num_source_items
+        return self._model("source", users, items, train, train)
+
+    def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
+        """Target model of a phase and its curve on the phase's cold-start users."""
+        data: Phase = getattr(self.split, phase)
+        users, items = self.dataset.num_target_users, self.dataset.num_target_items
+        return self._model(f"{phase}/target", users, items, data.train_target, data.evaluation)
+
+    def frozen(self, phase: PhaseName, *, prototypes: bool) -> FrozenInputs:
+        """What a transfer model is given in a phase."""
+        source, target = self.source()[0], self.target(phase)[0]
+        source_items = source.items.weight.detach()
+        target_items = target.items.weight.detach()
+        inputs = FrozenInputs(
+            histories=self.split.histories,
+            lengths=self.split.lengths,
+            source_users=source.users.weight.detach(),
+            source_items=torch.cat([source_items, torch.zeros_like(source_items[:1])]),
+            target_items=target_items,
+        )
+        if not prototypes:
+            return inputs
+        config = self.config
+        seed = config.seed % 2**32  # what scikit-learn takes
+        return replace(
+            inputs, item_prototypes=item_prototypes(target_items, config.prototypes, seed)
+        )
+
+    def _model(
+        self, name: str, users: int, items: int, train: Ratings, measured: Ratings
+    ) -> tuple[MatrixFactorization, list[Epoch]]:
+        if name not in self._trained:
+            config, stream = self.config, name.rpartition("/")[2]
+            model = seeded_module(
+                partial(MatrixFactorization, users, items, config.features), config.seed, stream
+            )
+            curve = fit(
+                model,
+                model,
+                train,
+                Schedule(config.base_epochs, config.base_batch_size, config.learning_rate),
+                generator=seeded_generator(config.seed, f"{stream} batches"),
+                evaluate=partial(evaluate, model, measured),
+                checkpoint=self.folder / f"{name}.safetensors",
+                identity={"name": name, **self.identity},
+                progress=self.progress,
+            )
+            self._trained[name] = model, curve
+        return self._trained[name]
+
+
+def _train(name: str, stage1: BaseModels) -> dict[str, list[Epoch]]:
+    """Both phases of a transfer model; keeps the weights of the honestly chosen epoch."""
+    selection = _train_phase(name, stage1, "selection")
+    chosen = results.best_epoch(selection, "mae")
+    return {"selection": selection, "final": _train_phase(name, stage1, "final", keep=chosen)}
+
+
+def _train_phase(
+    name: str, stage1: BaseModels, phase: PhaseName, *, keep: int | None = None
+) -> list[Epoch]:
+    config, spec, folder = stage1.config, MODELS[name], stage1.folder
+    assert spec.build is not None
+    data: Phase = getattr(stage1.split, phase)
+    model = seeded_module(partial(spec.build, config), config.seed, name)
+    inputs = stage1.frozen(phase, prototypes=model.uses_prototypes)
+    generator = seeded_generator(config.seed, f"{name} batches")
+    identity = {"name": f"{phase}/{name}", **stage1.identity} | {
+        setting: getattr(config, setting) for setting in spec.settings
+    }
+
+    def keep_chosen(epoch: int) -> None:
+        if epoch == keep:
+            checkpoints.save(folder / f"{name}.safetensors", model.state_dict(), identity)
+
+    return fit(
+        model,
+        partial(model, inputs, generator=generator),
+        data.train_meta,
+        Schedule(config.epochs, config.batch_size, config.learning_rate),
+        generator=generator,
+        evaluate=partial(evaluate, partial(model, inputs), data.evaluation),
+        checkpoint=folder / phase / f"{name}.safetensors",
+        identity=identity,
+        progress=stage1.progress,
+        after_epoch=keep_chosen,
+    )

@@ -1,0 +1,79 @@
+"""The models by name: what they are, where they are published, how they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.models import trivial
+from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
+from mimnet_fast.cdr.models.mimnet import MIMNet
+from mimnet_fast.cdr.models.prototypes import item_prototypes
+from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+from mimnet_fast.cdr.protocol import HISTORY_LENGTH, Split
+
+__all__ = [
+    "MODELS",
+    "PTUPCDR",
+    "TRIVIAL",
+    "FrozenInputs",
+    "MIMNet",
+    "MatrixFactorization",
+    "ModelSpec",
+    "TransferModel",
+    "item_prototypes",
+]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One row of the registry."""
+
+    title: str
+    source: str
+    """Where the model is published."""
+    build: Callable[[Config], TransferModel] | None = None
+    """None where the model is the target base model itself and nothing is trained in stage 2."""
+    settings: tuple[str, ...] = ()
+    """Fields of `Config` that stage 2 depends on, beside those of the base models."""
+
+
+_SETTINGS = ("epochs", "batch_size", "hidden", "backend")
+
+
+def _mimnet(config: Config) -> TransferModel:
+    return MIMNet(
+        config.features,
+        config.hidden,
+        interests=config.interests,
+        iterations=config.iterations,
+        history_length=HISTORY_LENGTH,
+        backend=config.backend,
+    )
+
+
+def _ptupcdr(config: Config) -> TransferModel:
+    return PTUPCDR(config.features, config.hidden, backend=config.backend)
+
+
+MODELS: dict[str, ModelSpec] = {
+    "mimnet": ModelSpec(
+        "MIMNet",
+        "Zhu et al., Neurocomputing 620 (2025), arXiv 2408.00038",
+        _mimnet,
+        (*_SETTINGS, "interests", "iterations", "prototypes"),
+    ),
+    "ptupcdr": ModelSpec("PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _SETTINGS),
+    "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
+}
+
+TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
+    "constant": ("constant (middle of the scale)", trivial.constant),
+    "global_mean": ("global mean", trivial.global_mean),
+    "item_mean": ("item mean", trivial.item_mean),
+    "user_mean": ("user mean (source domain)", trivial.user_mean),
+}

@@ -1,0 +1,30 @@
+"""The base model of both domains, whose embeddings everything else stands on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import Embedding, Module
+
+
+class MatrixFactorization(Module):
+    """``rating = users[u] . items[i]``, no biases, N(0, 1) initial values.
+
+    The stage-1 model of EMCDR (Man et al., IJCAI 2017), PTUPCDR and MIMNet. Their code gives both
+    domains tables over the users and items of both; here each domain has rows for its own only, as
+    the others are never read. Rows without a training rating keep their initial values.
+
+    >>> import torch
+    >>> model = MatrixFactorization(num_users=3, num_items=5, features=4)
+    >>> model(torch.tensor([0, 2]), torch.tensor([4, 1])).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, num_users: int, num_items: int, features: int) -> None:
+        super().__init__()
+        self.users = Embedding(num_users, features)
+        self.items = Embedding(num_items, features)
+
+    def forward(self, users: Tensor, items: Tensor) -> Tensor:
+        """Ratings ``[B]`` of items ``[B]`` by users ``[B]``."""
+        ratings: Tensor = (self.users(users) * self.items(items)).sum(-1)
+        return ratings

@@ -1,0 +1,80 @@
+"""MIMNet: several interests per user, each with its own generated bridge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mimnet_fast import nn, ops
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+
+
+class MIMNet(TransferModel):
+    """Multi-interest meta network (arXiv 2408.00038): `ops.mimnet_forward` with its parameters.
+
+    Deviations from the published code, all corrections: the true history is seen (there: its first
+    item only), padding has weight 0 in every capsule (there: 1/K) and an id of its own, and
+    predictions are repeatable: training draws N(0, 1) routing logits for every batch, prediction
+    uses one fixed draw for all users (there: drawn anew in every call).
+
+    Args:
+        features: D, of the stage-1 embeddings.
+        hidden: Hidden units of the meta network.
+        interests: K, capsules per user.
+        iterations: Routing passes.
+        history_length: L.
+        backend: See `mimnet_fast.backends`.
+    """
+
+    uses_prototypes = True
+    evaluation_logits: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        interests: int,
+        iterations: int,
+        history_length: int,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.iterations, self.backend = iterations, backend
+        self.routing = nn.DynamicRouting(features, features, interests)
+        self.bridge = nn.InterestBridge(features, features, features, hidden)
+        self.attention = nn.MultiGranularityAttention(features)
+        self.register_buffer("evaluation_logits", torch.randn(1, interests, history_length))
+
+    def forward(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        items: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `TransferModel.forward`; the generator draws the routing logits."""
+        assert inputs.item_prototypes is not None
+        logits = self.evaluation_logits
+        if generator is not None:
+            logits = torch.randn(len(users), *logits.shape[1:], generator=generator)
+        bridge = self.bridge
+        return ops.mimnet_forward(
+            inputs.histories[users],
+            inputs.source_users[users],
+            inputs.target_items[items],
+            inputs.item_prototypes[items],
+            ops.MIMNetParameters(
+                self.routing.weight,
+                bridge.w1,
+                bridge.b1,
+                bridge.w2,
+                bridge.b2,
+                *self.attention.weights(),
+            ),
+            logits,
+            lengths=inputs.lengths[users],
+            table=inputs.source_items,
+            iterations=self.iterations,
+            backend=self.backend,
+        )

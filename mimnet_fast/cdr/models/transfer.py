@@ -1,0 +1,49 @@
+"""What every stage-2 model gets and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+
+@dataclass(frozen=True)
+class FrozenInputs:
+    """The results of stage 1 and the histories; nothing in here is trained in stage 2.
+
+    O users of both domains, L history length, D features.
+    """
+
+    histories: Tensor
+    """Source item ids, int64 ``[O, L]``; the padding id is the last row of ``source_items``."""
+    lengths: Tensor
+    """int64 ``[O]``."""
+    source_users: Tensor
+    """``[O, D]``"""
+    source_items: Tensor
+    """``[source items + 1, D]``, zeros in the row of the padding."""
+    target_items: Tensor
+    """``[target items, D]``"""
+    item_prototypes: Tensor | None = None
+    """``[target items, D]``, for models that use them: the prototype of each target item."""
+
+
+class TransferModel(Module):
+    """Base of the stage-2 models: how a user known from the source rates a target item."""
+
+    uses_prototypes = False
+
+    def forward(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        items: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Ratings ``[B]`` of target items ``[B]`` by users ``[B]`` of both domains.
+
+        ``generator`` is given in training only: whatever is random is drawn from it.
+        """
+        raise NotImplementedError

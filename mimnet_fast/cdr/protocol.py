@@ -1,0 +1,143 @@
+"""Who is tested on what: the split of MIMNet and its neighbours, as a function of three things.
+
+Nothing of it is stored. `split(dataset, beta, seed)` gives the same tensors on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimnet_fast.cdr.dataset import Dataset, Ratings
+from mimnet_fast.cdr.errors import UserError
+
+HistoryOrder = Literal["file", "time"]
+
+HISTORY_LENGTH = 20
+LIKED_ABOVE = 3.0
+VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run: what it learns from and the cold-start users it is measured on."""
+
+    train_target: Ratings
+    """For the target base model: target ratings of everyone but the phase's cold-start users."""
+    train_meta: Ratings
+    """For the transfer model: the part of ``train_target`` by users of both domains."""
+    evaluation: Ratings
+    """All target ratings of the phase's cold-start users."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data of one (beta, seed).
+
+    Two training runs serve both ways to choose the epoch. In ``selection`` the validation users,
+    10 % of the training users of both domains, are cold-start users exactly like the test users:
+    none of their target ratings is in ``train_target`` or ``train_meta``. ``final`` learns from all
+    training users and is measured on the test users after every epoch. The `published` figure is
+    the best epoch of ``final`` on the test set; the `honest` figure is ``final`` at the epoch that
+    was best in ``selection`` on the validation users. So both figures speak of one model, and only
+    ``honest`` never saw the test set. The source base model is the same in both runs.
+    """
+
+    train_source: Ratings
+    """All source ratings, the cold-start users' too."""
+    histories: Tensor
+    """Source items liked by each user of both domains, int64 ``[O, 20]``, oldest first, padded at
+    the end with the index ``num_source_items``, which is no item."""
+    lengths: Tensor
+    """Items in each history, int64 ``[O]``; 0 for a user who liked nothing."""
+    selection: Phase
+    final: Phase
+
+
+def split(
+    dataset: Dataset, beta: float, seed: int, *, history_order: HistoryOrder = "file"
+) -> Split:
+    """Hold out ``round(beta * O)`` of the O users of both domains as cold-start test users.
+
+    They are the first ones of ``numpy.random.default_rng(seed).permutation`` over the users sorted
+    by id. Validation users are drawn by the same rule and seed from those that are left. A history
+    holds the last 20 source items that the user rated above 3.
+
+    Args:
+        dataset: A prepared dataset.
+        beta: Share of test users, above 0 and below 1.
+        seed: Seed of the permutations.
+        history_order: ``"file"`` takes the order of the raw file, ``"time"`` that of timestamps
+            (equal ones in file order).
+
+    Raises:
+        UserError: ``beta`` out of range, too few users, or no timestamps to order by.
+    """
+    if not 0 < beta < 1:
+        raise UserError(f"beta: got {beta}, need a share of test users above 0 and below 1")
+    users = np.arange(dataset.num_overlap)
+    test, training = _hold_out(users, beta, seed)
+    validation, fitting = _hold_out(training, VALIDATION_FRACTION, seed)
+    if not (len(test) and len(validation) and len(fitting)):
+        raise UserError(
+            f"beta {beta} of {dataset.num_overlap} users of both domains leaves {len(test)} test, "
+            f"{len(validation)} validation and {len(fitting)} training users, need one of each"
+        )
+    histories, lengths = _histories(dataset, history_order)
+    return Split(
+        train_source=dataset.source,
+        histories=histories,
+        lengths=lengths,
+        selection=_phase(dataset, hidden=np.concatenate([test, validation]), measured=validation),
+        final=_phase(dataset, hidden=test, measured=test),
+    )
+
+
+def _hold_out(users: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out users, and the others in their old order."""
+    permuted = np.random.default_rng(seed).permutation(users)
+    count = round(fraction * len(users))
+    return permuted[:count], np.sort(permuted[count:])
+
+
+def _phase(dataset: Dataset, *, hidden: np.ndarray, measured: np.ndarray) -> Phase:
+    is_hidden = torch.zeros(dataset.num_target_users, dtype=torch.bool)
+    is_hidden[hidden] = True
+    is_measured = torch.zeros(dataset.num_target_users, dtype=torch.bool)
+    is_measured[measured] = True
+    users = dataset.target.users
+    train_target = dataset.target.where(~is_hidden[users])
+    return Phase(
+        train_target=train_target,
+        train_meta=train_target.where(train_target.users < dataset.num_overlap),
+        evaluation=dataset.target.where(is_measured[users]),
+    )
+
+
+def _histories(dataset: Dataset, order: HistoryOrder) -> tuple[Tensor, Tensor]:
+    source = dataset.source
+    liked = source.where((source.values > LIKED_ABOVE) & (source.users < dataset.num_overlap))
+    users, items = liked.users.numpy(), liked.items.numpy()
+    keys = [users]
+    if order == "time":
+        if liked.timestamps is None:
+            raise UserError(
+                f"history order 'time': {dataset.info['source']['file']} has no timestamp column; "
+                "use 'file', or prepare the dataset from a file with timestamps"
+            )
+        keys.insert(0, liked.timestamps.numpy())
+    by_user = np.lexsort(keys)  # stable, so equal keys stay in file order
+    users, items = users[by_user], items[by_user]
+
+    counts = np.bincount(users, minlength=dataset.num_overlap)
+    lengths = np.minimum(counts, HISTORY_LENGTH)
+    left_in_user = np.cumsum(counts)[users] - np.arange(len(users))
+    column = lengths[users] - left_in_user
+    recent = column >= 0
+    histories = np.full((dataset.num_overlap, HISTORY_LENGTH), dataset.num_source_items)
+    histories[users[recent], column[recent]] = items[recent]
+    return torch.from_numpy(histories), torch.from_numpy(lengths)

@@ -1,0 +1,186 @@
+"""Training of one model: batches are slices of tensors shuffled once per epoch.
+
+A fit that was killed goes on after its last finished epoch and gives the same bits as one that was
+not: the checkpoint holds parameters, optimizer state and the state of the random generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import mse_loss
+from torch.optim import Adam, Optimizer
+
+from mimnet_fast.cdr import checkpoints
+from mimnet_fast.cdr.dataset import Ratings
+from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.evaluation import Errors, Predict
+
+_STEPS_PER_REFRESH = 20
+_Module = TypeVar("_Module", bound=Module)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch."""
+
+    loss: float
+    """Mean of the batch losses."""
+    mae: float
+    rmse: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+
+def seeded_generator(seed: int, stream: str) -> torch.Generator:
+    """A generator of its own for each named use of ``seed``, unrelated to the others."""
+    entropy = np.random.SeedSequence([seed, *stream.encode()])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+
+def seeded_module(build: Callable[[], _Module], seed: int, stream: str) -> _Module:
+    """A module whose initial values depend on ``(seed, stream)`` only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(seeded_generator(seed, stream).get_state())
+        return build()
+
+
+def adam(module: Module, learning_rate: float) -> Adam:
+    """The optimizer of every model here: constant rate, no weight decay, one kernel per step."""
+    return Adam(module.parameters(), lr=learning_rate, fused=True)
+
+
+def training_step(
+    optimizer: Optimizer, predict: Predict, users: Tensor, items: Tensor, values: Tensor
+) -> Tensor:
+    """One update on the mean squared error of a batch; the loss before it."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = mse_loss(predict(users, items), values)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def fit(
+    module: Module,
+    predict: Predict,
+    ratings: Ratings,
+    schedule: Schedule,
+    *,
+    generator: torch.Generator,
+    evaluate: Callable[[], Errors],
+    checkpoint: Path,
+    identity: dict[str, Any],
+    progress: Progress,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Train ``module`` to predict ``ratings``, or go on from ``checkpoint`` where that exists.
+
+    Args:
+        module: Its parameters are trained in place.
+        predict: The module's predictions in training, drawing from ``generator``.
+        ratings: The training data.
+        schedule: Epochs, batch size, learning rate.
+        generator: Source of the shuffling and of whatever ``predict`` draws.
+        evaluate: Measures the module after each epoch.
+        checkpoint: Written after each epoch.
+        identity: What the result depends on; a checkpoint of another identity is refused.
+        progress: Where the bar is drawn.
+        after_epoch: Called with the number of a new epoch, from 1, before its checkpoint is
+            written.
+
+    Returns:
+        All epochs, those before a resumption too.
+
+    Raises:
+        UserError: a loss that is not finite, or a checkpoint that is not of this fit.
+    """
+    identity = {**identity, **asdict(schedule)}
+    optimizer = adam(module, schedule.learning_rate)
+    curve: list[Epoch] = []
+    if checkpoint.exists():
+        curve = _restore(checkpoint, identity, module, optimizer, generator)
+    batches = -(-len(ratings) // schedule.batch_size)
+    total = schedule.epochs * batches
+    task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
+    for epoch in range(len(curve) + 1, schedule.epochs + 1):
+        losses = torch.empty(batches)
+        order = torch.randperm(len(ratings), generator=generator)
+        columns = (ratings.users[order], ratings.items[order], ratings.values[order])
+        slices = zip(*(column.split(schedule.batch_size) for column in columns), strict=True)
+        for step, batch in enumerate(slices):
+            losses[step] = training_step(optimizer, predict, *batch)
+            if step % _STEPS_PER_REFRESH == 0:
+                progress.update(task, completed=(epoch - 1) * batches + step)
+        if not losses.isfinite().all():
+            step = int(losses.isfinite().logical_not().nonzero()[0])
+            raise UserError(
+                f"{identity['name']}: the loss became {losses[step].item()} in batch {step + 1} of "
+                f"epoch {epoch}: lower --learning-rate (now {schedule.learning_rate})"
+            )
+        curve.append(Epoch(losses.mean().item(), *evaluate()))
+        after_epoch(epoch)
+        _store(checkpoint, identity, module, optimizer, generator, curve)
+    progress.update(task, completed=total)
+    return curve
+
+
+def _store(
+    path: Path,
+    identity: dict[str, Any],
+    module: Module,
+    optimizer: Optimizer,
+    generator: torch.Generator,
+    curve: list[Epoch],
+) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+    tensors["generator"] = generator.get_state()
+    checkpoints.save(
+        path, tensors, {"identity": identity, "curve": [asdict(epoch) for epoch in curve]}
+    )
+
+
+def _restore(
+    path: Path,
+    identity: dict[str, Any],
+    module: Module,
+    optimizer: Optimizer,
+    generator: torch.Generator,
+) -> list[Epoch]:
+    tensors, record = checkpoints.load(path)
+    stored = record["identity"]
+    if changed := [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]:
+        was = ", ".join(f"{key} = {stored.get(key)} (now {identity.get(key)})" for key in changed)
+        raise UserError(
+            f"{path} was trained with {was}: name another --out or use the same settings"
+        )
+    state: dict[int, dict[str, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            index, _, moment = name.partition(".")
+            state.setdefault(int(index), {})[moment] = tensor
+        elif kind == "module":
+            weights[name] = tensor
+    module.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    generator.set_state(tensors["generator"])
+    return [Epoch(**epoch) for epoch in record["curve"]]
