@@ -1,0 +1,63 @@
+#include "ops.h"
+
+namespace mimnet_fast::binding {
+
+Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor logits,
+                         OptionalTensor mask, OptionalTensor capsule_mask, int64_t num_capsules,
+                         int64_t iterations, int64_t softmax_over, int64_t padding,
+                         bool inner_squash, bool final_squash, double temperature, int64_t squash,
+                         double eps, double power) {
+  const int64_t batch = inputs.size(0);
+  const int64_t length = inputs.size(inputs.dim() - 2), d_in = inputs.size(inputs.dim() - 1);
+  const int64_t d = weight.has_value() ? weight->size(weight->dim() - 1) : d_in;
+  const ScalarType saved = saved_dtype(inputs);
+  Tensor out = empty(inputs, {batch, num_capsules, d});
+  Tensor coupling = empty(inputs, {batch, num_capsules, length}, saved);
+  Tensor pooled = empty(inputs, {batch, num_capsules, d_in}, saved);
+  cpu::RoutingArgs args{};
+  args.inputs = view(inputs);
+  args.weight = view(weight);
+  args.logits = view(logits);
+  args.mask = view(mask);
+  args.capsule_mask = view(capsule_mask);
+  args.capsules = num_capsules;
+  args.iterations = iterations;
+  args.axis = SoftmaxAxis(softmax_over);
+  args.padding = Padding(padding);
+  args.inner_squash = inner_squash;
+  args.final_squash = final_squash;
+  args.temperature = temperature;
+  args.squash = {SquashForm(squash), eps, power};
+  args.out = view(out);
+  args.coupling = view(coupling);
+  args.pooled = view(pooled);
+  args.parallel = parallel();
+  cpu::kernels().dynamic_routing(args);
+  return {out, coupling, pooled};
+}
+
+Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight, Tensor coupling,
+                                  Tensor pooled, bool final_squash, int64_t squash, double eps,
+                                  double power, int64_t needs) {
+  Gradients gradients(inputs, needs);
+  Tensor grad_inputs = gradients.next(inputs);
+  Tensor grad_weight = gradients.next(weight);
+  cpu::RoutingArgs args{};
+  args.inputs = view(inputs);
+  args.weight = view(weight);
+  args.capsules = coupling.size(1);
+  args.iterations = 1;
+  args.temperature = 1;
+  args.final_squash = final_squash;
+  args.squash = {SquashForm(squash), eps, power};
+  args.coupling = view(coupling);
+  args.pooled = view(pooled);
+  args.grad = view(grad);
+  args.grad_inputs = wanted(grad_inputs, needs, 0);
+  args.grad_weight = wanted(grad_weight, needs, 1);
+  args.parallel = parallel();
+  cpu::kernels().dynamic_routing_backward(args);
+  return {grad_inputs, grad_weight};
+}
+
+}  // namespace mimnet_fast::binding

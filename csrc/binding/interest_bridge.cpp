@@ -1,0 +1,47 @@
+#include "ops.h"
+
+namespace mimnet_fast::binding {
+namespace {
+
+cpu::BridgeArgs arguments(const Tensor& interests, const Tensor& source, const Tensor& w1,
+                          const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  cpu::BridgeArgs args{};
+  args.interests = view(interests);
+  args.source = view(source);
+  args.w1 = view(w1);
+  args.b1 = view(b1);
+  args.w2 = view(w2);
+  args.b2 = view(b2);
+  args.parallel = parallel();
+  return args;
+}
+
+}  // namespace
+
+Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2, Tensor b2) {
+  const int64_t d_target = b2.size(0) / source.size(source.dim() - 1);
+  Tensor out = empty(interests, {interests.size(0), interests.size(1), d_target});
+  cpu::BridgeArgs args = arguments(interests, source, w1, b1, w2, b2);
+  args.out = view(out);
+  cpu::kernels().interest_bridge(args);
+  return out;
+}
+
+Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1, Tensor b1,
+                                  Tensor w2, Tensor b2, int64_t needs) {
+  Gradients gradients(interests, needs);
+  const Tensors6 grads{gradients.next(interests), gradients.next(source), gradients.next(w1),
+                       gradients.next(b1),        gradients.next(w2),     gradients.next(b2)};
+  cpu::BridgeArgs args = arguments(interests, source, w1, b1, w2, b2);
+  args.grad = view(grad);
+  args.grad_interests = wanted(std::get<0>(grads), needs, 0);
+  args.grad_source = wanted(std::get<1>(grads), needs, 1);
+  args.grad_w1 = wanted(std::get<2>(grads), needs, 2);
+  args.grad_b1 = wanted(std::get<3>(grads), needs, 3);
+  args.grad_w2 = wanted(std::get<4>(grads), needs, 4);
+  args.grad_b2 = wanted(std::get<5>(grads), needs, 5);
+  cpu::kernels().interest_bridge_backward(args);
+  return grads;
+}
+
+}  // namespace mimnet_fast::binding

@@ -1,0 +1,124 @@
+#include "ops.h"
+
+namespace mimnet_fast::binding {
+namespace {
+
+// Ids address memory, so they are checked where they are used; everything else was checked in Python.
+void check_ids(const cpu::View& ids, int64_t rows) {
+  for (int64_t i = 0; i < ids.size[0]; ++i) {
+    for (int64_t j = 0; j < ids.size[1]; ++j) {
+      const int64_t offset = i * ids.stride[0] + j * ids.stride[1];
+      const int64_t id = ids.dtype == cpu::DType::int64
+                             ? static_cast<const int64_t*>(ids.data)[offset]
+                             : static_cast<const int32_t*>(ids.data)[offset];
+      STD_TORCH_CHECK(id >= 0 && id < rows, "history: got id ", id, ", need 0 to ", rows - 1,
+                      " (a row of the table)");
+    }
+  }
+}
+
+cpu::MIMNetArgs arguments(const Tensor& history, const OptionalTensor& table, const Tensor& source,
+                          const Tensor& item, const Tensor& prototype, const Tensor& routing_weight,
+                          const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                          const cpu::FusionWeights& fusion, const Tensor& logits,
+                          const OptionalTensor& mask, int64_t iterations, int64_t padding) {
+  cpu::MIMNetArgs args{};
+  args.history = view(history);
+  args.table = view(table);
+  if (table.has_value()) check_ids(args.history, table->size(0));
+  args.source = view(source);
+  args.item = view(item);
+  args.prototype = view(prototype);
+  args.routing_weight = view(routing_weight);
+  args.w1 = view(w1);
+  args.b1 = view(b1);
+  args.w2 = view(w2);
+  args.b2 = view(b2);
+  args.fusion = fusion;
+  args.logits = view(logits);
+  args.mask = view(mask);
+  args.iterations = iterations;
+  args.padding = Padding(padding);
+  args.parallel = parallel();
+  return args;
+}
+
+}  // namespace
+
+Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
+                        Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2,
+                        Tensor b2, Tensor fine_kw, Tensor, Tensor fine_vw, Tensor fine_vb,
+                        Tensor coarse_kw, Tensor, Tensor coarse_vw, Tensor coarse_vb,
+                        Tensor fusion_weight, Tensor fusion_bias, Tensor logits, OptionalTensor mask,
+                        int64_t iterations, int64_t padding) {
+  const int64_t batch = source.size(0), d = source.size(1), k = logits.size(1);
+  const ScalarType saved = saved_dtype(source);
+  Tensor ratings = empty(source, {batch});
+  Tensor pooled = empty(source, {batch, k, d}, saved);
+  Tensor transferred = empty(source, {batch, k, d}, saved);
+  cpu::MIMNetArgs args =
+      arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
+                {{view(fine_kw), view(fine_vw), view(fine_vb)},
+                 {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
+                 view(fusion_weight),
+                 view(fusion_bias)},
+                logits, mask, iterations, padding);
+  args.ratings = view(ratings);
+  args.pooled = view(pooled);
+  args.transferred = view(transferred);
+  cpu::kernels().mimnet_forward(args);
+  return {ratings, pooled, transferred};
+}
+
+Tensors19 mimnet_forward_backward(
+    Tensor grad, Tensor pooled, Tensor transferred, Tensor history, OptionalTensor table,
+    Tensor source, Tensor item, Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
+    Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
+    Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb, Tensor fusion_weight,
+    Tensor fusion_bias, Tensor logits, OptionalTensor mask, int64_t iterations, int64_t padding,
+    int64_t needs) {
+  Gradients gradients(source, needs);
+  Tensors19 grads{gradients.next(history),       gradients.next(source),
+                  gradients.next(item),          gradients.next(prototype),
+                  gradients.next(routing_weight), gradients.next(w1),
+                  gradients.next(b1),            gradients.next(w2),
+                  gradients.next(b2),            gradients.next(fine_kw),
+                  gradients.next(fine_kb),       gradients.next(fine_vw),
+                  gradients.next(fine_vb),       gradients.next(coarse_kw),
+                  gradients.next(coarse_kb),     gradients.next(coarse_vw),
+                  gradients.next(coarse_vb),     gradients.next(fusion_weight),
+                  gradients.next(fusion_bias)};
+  cpu::MIMNetArgs args =
+      arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
+                {{view(fine_kw), view(fine_vw), view(fine_vb)},
+                 {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
+                 view(fusion_weight),
+                 view(fusion_bias)},
+                logits, mask, iterations, padding);
+  args.pooled = view(pooled);
+  args.transferred = view(transferred);
+  args.grad = view(grad);
+  args.grad_history = wanted(std::get<0>(grads), needs, 0);
+  args.grad_source = wanted(std::get<1>(grads), needs, 1);
+  args.grad_item = wanted(std::get<2>(grads), needs, 2);
+  args.grad_prototype = wanted(std::get<3>(grads), needs, 3);
+  args.grad_routing_weight = wanted(std::get<4>(grads), needs, 4);
+  args.grad_w1 = wanted(std::get<5>(grads), needs, 5);
+  args.grad_b1 = wanted(std::get<6>(grads), needs, 6);
+  args.grad_w2 = wanted(std::get<7>(grads), needs, 7);
+  args.grad_b2 = wanted(std::get<8>(grads), needs, 8);
+  args.grad_fusion.fine = {wanted(std::get<9>(grads), needs, 9),
+                           wanted(std::get<11>(grads), needs, 11),
+                           wanted(std::get<12>(grads), needs, 12)};
+  args.grad_fusion.coarse = {wanted(std::get<13>(grads), needs, 13),
+                             wanted(std::get<15>(grads), needs, 15),
+                             wanted(std::get<16>(grads), needs, 16)};
+  args.grad_fusion.weight = wanted(std::get<17>(grads), needs, 17);
+  args.grad_fusion.bias = wanted(std::get<18>(grads), needs, 18);
+  cpu::kernels().mimnet_forward_backward(args);
+  torch::stable::zero_(std::get<10>(grads));  // the softmax does not see the key biases
+  torch::stable::zero_(std::get<14>(grads));
+  return grads;
+}
+
+}  // namespace mimnet_fast::binding

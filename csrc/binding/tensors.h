@@ -1,0 +1,126 @@
+// Between torch's stable ABI and the kernels' views.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+
+namespace mimnet_fast::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cpu::DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::DType::float32;
+    case ScalarType::Double:
+      return cpu::DType::float64;
+    case ScalarType::BFloat16:
+      return cpu::DType::bfloat16;
+    case ScalarType::Half:
+      return cpu::DType::float16;
+    case ScalarType::Int:
+      return cpu::DType::int32;
+    case ScalarType::Long:
+      return cpu::DType::int64;
+    case ScalarType::Bool:
+      return cpu::DType::boolean;
+    default:
+      STD_TORCH_CHECK(false, "mimnet_fast: a kernel got a tensor of a dtype it does not know");
+  }
+}
+
+inline cpu::View view(const Tensor& tensor) {
+  cpu::View v;
+  v.data = tensor.data_ptr();
+  v.dtype = dtype_of(tensor);
+  v.dims = int(tensor.dim());
+  STD_TORCH_CHECK(v.dims <= cpu::kMaxDims, "mimnet_fast: a kernel got a tensor of ", v.dims,
+                  " dimensions");
+  for (int d = 0; d < v.dims; ++d) {
+    v.size[d] = tensor.size(d);
+    v.stride[d] = tensor.stride(d);
+  }
+  if (v.dims == 0) {  // a number is a vector of one
+    v.dims = 1;
+    v.size[0] = v.stride[0] = 1;
+  }
+  return v;
+}
+
+inline cpu::View view(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? view(*tensor) : cpu::View{};
+}
+
+// [B, D] as [B, 1, D] (and [B] as [B, 1] with rank 2): one candidate per user.
+inline cpu::View with_candidates(const Tensor& tensor, int rank) {
+  cpu::View v = view(tensor);
+  if (v.dims == rank) return v;
+  for (int d = v.dims; d > 1; --d) {
+    v.size[d] = v.size[d - 1];
+    v.stride[d] = v.stride[d - 1];
+  }
+  v.size[1] = 1;
+  v.stride[1] = 0;
+  ++v.dims;
+  return v;
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  return sizes;
+}
+
+// What the kernels keep for backward is in the type that they accumulate in.
+inline ScalarType saved_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Gradients of a backward op, in the order of its results: like the input where its bit is set in
+// `needs`, else an empty tensor and an empty view.
+class Gradients {
+ public:
+  Gradients(const Tensor& like, int64_t needs) : like_(like), needs_(needs) {}
+
+  Tensor next(const std::optional<Tensor>& input) {
+    const bool wanted = (needs_ >> position_++ & 1) && input.has_value();
+    return wanted ? empty(*input, sizes_of(*input)) : empty(like_, {0});
+  }
+
+ private:
+  Tensor like_;
+  int64_t needs_;
+  int position_ = 0;
+};
+
+// The view of a gradient, empty when it is not wanted.
+inline cpu::View wanted(const Tensor& gradient, int64_t needs, int position) {
+  return needs >> position & 1 ? view(gradient) : cpu::View{};
+}
+
+inline cpu::Parallel parallel() {
+  return {[](int64_t count, int64_t grain, void* context, cpu::Parallel::Body body) {
+            torch::stable::parallel_for(
+                0, count, grain,
+                [context, body](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          int64_t(torch::stable::get_num_threads())};
+}
+
+}  // namespace mimnet_fast::binding

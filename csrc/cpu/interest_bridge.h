@@ -1,0 +1,127 @@
+// The per-interest bridge for blocks of users, without a matrix per interest.
+//
+// With T[j, h] = sum_i source[i] w2[i, j, h], one contraction per user, interest k of that user costs only
+// out[k, j] = sum_h hidden[k, h] T[j, h]. T is made in panels of a few j that stay in the cache.
+#pragma once
+
+#include "weight_gradients.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+
+// Arrays of a block are laid out group by group: element e of group g stands at g * elements + e.
+
+template <class T>
+class BridgePlan {
+ public:
+  int64_t interests, d_interest, d_source, d_target, hidden;
+  const T *w1, *b1, *w2, *b2;
+
+  BridgePlan(const View& w1_view, const View& b1_view, const View& w2_view, const View& b2_view,
+             int64_t k, int64_t source_width, const Parallel& parallel);
+
+  int64_t panels() const { return (d_target + panel_ - 1) / panel_; }
+  int64_t panel_begin(int64_t panel) const { return panel * panel_; }
+  int64_t panel_size(int64_t panel) const {
+    const int64_t left = d_target - panel * panel_;
+    return left < panel_ ? left : panel_;
+  }
+  // T of one panel for a block: contracted[g][(j, h)].
+  void contract(Vec<T>* contracted, const Vec<T>* source, int64_t groups, int64_t panel) const;
+
+  // Vectors of scratch that forward and backward take for `groups` groups.
+  int64_t forward_vectors(int64_t groups) const {
+    return groups * (interests * hidden + panel_ * hidden + d_target);
+  }
+  int64_t backward_vectors(int64_t groups) const {
+    return groups * (2 * interests * hidden + panel_ * hidden + d_target);
+  }
+  // Multiply-adds per user.
+  int64_t work() const {
+    return d_target * hidden * (d_source + interests) + interests * hidden * d_interest;
+  }
+
+ private:
+  int64_t panel_;
+  Parameter<T> w1_, b1_, w2_, b2_;
+  Buffer<T> packed_;  // w2 by panel and tile, so that `contract` reads it in one stream
+  int64_t panel_stride_;
+};
+
+// hidden[g][k, h] = relu(w1 interests + b1)
+template <class T>
+void bridge_hidden(const BridgePlan<T>& p, Vec<T>* hidden, const Vec<T>* interests, int64_t groups);
+
+// out[g][k, j]
+template <class T>
+void bridge_forward(const BridgePlan<T>& p, Vec<T>* out, const Vec<T>* interests,
+                    const Vec<T>* source, int64_t groups, Scratch<T> scratch);
+
+// What the gradients of the parameters need from every user.
+template <class T>
+struct BridgeRows {
+  Rows<T> source;     // B x D_s
+  Rows<T> interests;  // B*K x D_i
+  Rows<T> hidden;     // B*K x H
+  Rows<T> hidden_grad;
+  Rows<T> out_grad;      // B*K x D_t
+  Rows<T> out_grad_sum;  // B x D_t, summed over k
+
+  BridgeRows(const BridgePlan<T>& p, int64_t batch) {
+    const int64_t rows = batch * p.interests;
+    source.allocate(batch, p.d_source);
+    interests.allocate(rows, p.d_interest);
+    hidden.allocate(rows, p.hidden);
+    hidden_grad.allocate(rows, p.hidden);
+    out_grad.allocate(rows, p.d_target);
+    out_grad_sum.allocate(batch, p.d_target);
+  }
+};
+
+// Gradients of interests and source (null: not wanted) from the gradient of out; fills the rows of the
+// groups starting at block `block`.
+template <class T>
+void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
+                     const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,
+                     const Blocks<T>& blocks, int64_t block, BridgeRows<T>& rows,
+                     Scratch<T> scratch);
+
+struct BridgeGradientViews {
+  View w1, b1, w2, b2;
+};
+
+// Adds the gradients of w1, b1 and b2 to the list.
+template <class T>
+void add_bridge_gradients(const BridgePlan<T>& p, const BridgeRows<T>& rows, int64_t batch,
+                          const BridgeGradientViews& views, WeightGradients<T>& gradients);
+
+// The gradient of w2, in pieces of a few target dimensions.
+template <class T>
+class BridgeW2Gradient {
+ public:
+  BridgeW2Gradient(const BridgePlan<T>& p, const BridgeRows<T>& rows, int64_t batch,
+                   const View& grad_w2, int64_t threads);
+  int64_t units() const { return units_; }
+  void run(int64_t unit) const;
+
+ private:
+  const BridgePlan<T>& plan_;
+  const BridgeRows<T>& rows_;
+  int64_t batch_;
+  View out_;
+  int64_t width_;  // target dimensions per unit
+  int64_t units_;
+};
+
+// All gradients of the parameters, shared out among the threads.
+template <class T>
+void run_gradients(const WeightGradients<T>& gradients, const BridgeW2Gradient<T>& w2, int64_t work,
+                   const Parallel& parallel) {
+  const int64_t first = w2.units(), units = first + gradients.units();
+  parallel(units, work / (units + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      unit < first ? w2.run(unit) : gradients.run(unit - first);
+    }
+  });
+}
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

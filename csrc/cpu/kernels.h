@@ -1,0 +1,121 @@
+// What the kernels of one instruction set offer, and their arguments. An empty view of a gradient means
+// that it is not wanted. Shapes are those of the ops; a batch of logits may have size 1.
+#pragma once
+
+#include "../common/options.h"
+#include "view.h"
+
+namespace mimnet_fast::cpu {
+
+struct SquashArgs {
+  View x;     // [.., D], at most four dimensions
+  View grad;  // backward only
+  View out;   // squash(x), or in backward the gradient with respect to x
+  Squash squash;
+  Parallel parallel;
+};
+
+struct RoutingArgs {
+  View inputs;        // [B,L,D_in], or votes [B,K,L,D] without a weight
+  View weight;        // none, [D_in,D] or [K,D_in,D]
+  View logits;        // none, [B,K,L] or [1,K,L]
+  View mask;          // none, bool [B,L] or lengths [B]
+  View capsule_mask;  // none or bool [B,K]
+  int64_t capsules, iterations;
+  SoftmaxAxis axis;
+  Padding padding;
+  bool inner_squash, final_squash;
+  double temperature;
+  Squash squash;
+  View out;       // [B,K,D]
+  View coupling;  // [B,K,L]
+  View pooled;    // [B,K,D_in]
+  // Backward only: the gradient of out, and what is wanted.
+  View grad, grad_inputs, grad_weight;
+  Parallel parallel;
+};
+
+struct BridgeArgs {
+  View interests;  // [B,K,D_i]
+  View source;     // [B,D_s], or [B,K,D_s]: then every interest counts as a user with one interest
+  View w1, b1, w2, b2;
+  View out;   // [B,K,D_t]
+  View grad;  // backward only, with the gradients below
+  View grad_interests, grad_source, grad_w1, grad_b1, grad_w2, grad_b2;
+  Parallel parallel;
+};
+
+struct AttentionWeights {
+  View key_weight, value_weight, value_bias;  // the key bias cancels in the softmax
+};
+
+struct AttentionArgs {
+  View query;         // [B,C,D]
+  View interests;     // [B,K,D]
+  AttentionWeights weights;
+  View capsule_mask;  // none or bool [B,K]
+  double scale;
+  int64_t power;
+  bool hard;
+  View out;            // [B,C,D]
+  View coefficients;   // [B,C,K]
+  View grad, grad_coefficients;
+  View grad_query, grad_interests;
+  AttentionWeights grad_weights;
+  Parallel parallel;
+};
+
+struct FusionWeights {
+  AttentionWeights fine, coarse;
+  View weight;  // [2*D]
+  View bias;    // [1]
+};
+
+struct MultiGranularityArgs {
+  View item, prototype;  // [B,C,D]
+  View interests;        // [B,K,D]
+  FusionWeights weights;
+  View out;   // [B,C,D]
+  View gate;  // [B,C]
+  View grad, grad_gate;
+  View grad_item, grad_prototype, grad_interests;
+  FusionWeights grad_weights;
+  Parallel parallel;
+};
+
+struct MIMNetArgs {
+  View history;  // [B,L,D], or ids [B,L]
+  View table;    // [N,D] when history holds ids
+  View source, item, prototype;  // [B,D]
+  View routing_weight, w1, b1, w2, b2;
+  FusionWeights fusion;
+  View logits, mask;
+  int64_t iterations;
+  Padding padding;
+  View ratings;      // [B]
+  View pooled;       // [B,K,D]
+  View transferred;  // [B,K,D]
+  View grad;
+  View grad_history, grad_source, grad_item, grad_prototype;
+  View grad_routing_weight, grad_w1, grad_b1, grad_w2, grad_b2;
+  FusionWeights grad_fusion;
+  Parallel parallel;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*squash)(const SquashArgs&);
+  void (*squash_backward)(const SquashArgs&);
+  void (*dynamic_routing)(const RoutingArgs&);
+  void (*dynamic_routing_backward)(const RoutingArgs&);
+  void (*interest_bridge)(const BridgeArgs&);
+  void (*interest_bridge_backward)(const BridgeArgs&);
+  void (*target_attention)(const AttentionArgs&);
+  void (*target_attention_backward)(const AttentionArgs&);
+  void (*multi_granularity_attention)(const MultiGranularityArgs&);
+  void (*multi_granularity_attention_backward)(const MultiGranularityArgs&);
+  void (*mimnet_forward)(const MIMNetArgs&);
+  void (*mimnet_forward_backward)(const MIMNetArgs&);
+};
+
+}  // namespace mimnet_fast::cpu

@@ -1,0 +1,437 @@
+// SIMD lanes over users: lane w of every vector belongs to user w of a group.
+//
+// Routing, bridge and attention are small matrix products per user (D = 10, K = 7), too small and too
+// odd to fill a vector register from one user. With one user per lane every operation is vertical: no
+// horizontal sums, no padding of D, and the softmax over K costs K vector instructions for all lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../common/squash.h"
+#include "view.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct LaneTypes;
+template <>
+struct LaneTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr DType dtype = DType::float32;
+};
+template <>
+struct LaneTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr DType dtype = DType::float64;
+};
+
+template <class T>
+using Vec = typename LaneTypes<T>::Vec;
+template <class T>
+using Int = typename LaneTypes<T>::Int;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+MIMNET_FAST_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <class M, class V>
+MIMNET_FAST_INLINE V select(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+template <class V>
+MIMNET_FAST_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Lane by lane; the compiler turns the loops into vector instructions where there are any.
+MIMNET_FAST_INLINE Vec<float> sqrt(Vec<float> x) {
+  for (int w = 0; w < kLanes<float>; ++w) x[w] = __builtin_sqrtf(x[w]);
+  return x;
+}
+MIMNET_FAST_INLINE Vec<double> sqrt(Vec<double> x) {
+  for (int w = 0; w < kLanes<double>; ++w) x[w] = __builtin_sqrt(x[w]);
+  return x;
+}
+inline Vec<float> power(Vec<float> x, float y) {
+  for (int w = 0; w < kLanes<float>; ++w) x[w] = __builtin_powf(x[w], y);
+  return x;
+}
+inline Vec<double> power(Vec<double> x, double y) {
+  for (int w = 0; w < kLanes<double>; ++w) x[w] = __builtin_pow(x[w], y);
+  return x;
+}
+
+// The arithmetic of the code shared with devices.
+template <class T>
+struct LaneMath {
+  using Value = Vec<T>;
+  using Scalar = T;
+  static MIMNET_FAST_INLINE Value sqrt(Value x) { return MIMNET_FAST_ISA::sqrt(x); }
+  static MIMNET_FAST_INLINE Value power(Value x, T y) { return MIMNET_FAST_ISA::power(x, y); }
+  static MIMNET_FAST_INLINE Value select(Int<T> mask, Value yes, Value no) {
+    return mask ? yes : no;
+  }
+};
+
+// exp for arguments up to 88; what is below the smallest normal number is 0. Error under 2 ulp: the
+// argument is reduced to |r| <= ln(2)/2 with ln(2) in two parts, then the Taylor series to degree 7.
+MIMNET_FAST_INLINE Vec<float> exp(Vec<float> x) {
+  const Vec<float> bounded = maximum(x, splat(-87.33654f));
+  const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
+  const Vec<float> shifted = bounded * 1.44269504f + round;
+  const Vec<float> whole = shifted - round;
+  Vec<float> r = bounded - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  Vec<float> p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Int<float> exponent = __builtin_convertvector(whole, Int<float>);
+  const Vec<float> scale = (Vec<float>)((exponent + 127) << 23);
+  return select(x < -87.33654f, Vec<float>{}, p * scale);
+}
+inline Vec<double> exp(Vec<double> x) {
+  for (int w = 0; w < kLanes<double>; ++w) x[w] = __builtin_exp(x[w]);
+  return x;
+}
+
+// 1 / (1 + exp(-x)) without overflow on either side.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp(x > T(0) ? -x : x);
+  return select(x > T(0), splat(T(1)), e) / (T(1) + e);
+}
+
+// ---- storage types -------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+MIMNET_FAST_INLINE T widen(float x) {
+  return T(x);
+}
+template <class T>
+MIMNET_FAST_INLINE T widen(double x) {
+  return T(x);
+}
+template <class T>
+MIMNET_FAST_INLINE T widen(_Float16 x) {
+  return T(float(x));
+}
+template <class T>
+MIMNET_FAST_INLINE T widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return T(value);
+}
+
+template <class S, class T>
+MIMNET_FAST_INLINE S narrow(T x) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const float value = float(x);
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    if (value != value) return {uint16_t((bits >> 16) | 0x40)};
+    bits += 0x7fff + ((bits >> 16) & 1);  // round to nearest, ties to even
+    return {uint16_t(bits >> 16)};
+  } else {
+    return S(x);
+  }
+}
+
+// Calls f(S{}) with the storage type S of a floating dtype.
+template <class F>
+MIMNET_FAST_INLINE void with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(_Float16{});
+    default:
+      return f(float{});
+  }
+}
+
+// ---- between memory (users in rows) and lanes (users in lanes) -------------------------------------
+
+// The first n of a vector's elements; the rest is 0.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> load_partial(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  }
+#else
+  Vec<T> v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+template <class T>
+MIMNET_FAST_INLINE void store_partial(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  }
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Transpose of a square of kLanes vectors, by exchanging ever smaller blocks.
+template <class T>
+MIMNET_FAST_INLINE void transpose(Vec<T>* v) {
+  constexpr int n = kLanes<T>;
+#pragma GCC unroll 4
+  for (int s = n / 2; s > 0; s /= 2) {
+    Int<T> low, high;
+#pragma GCC unroll 16
+    for (int w = 0; w < n; ++w) {
+      low[w] = (w & s) ? n + w - s : w;
+      high[w] = (w & s) ? n + w : w + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & s) continue;
+      const Vec<T> a = v[i], b = v[i + s];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// lanes[e][w] = element e of user w's row, for `count` elements `stride` apart. Lanes from `users` on
+// are 0.
+template <class T, class S>
+void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t count, int64_t stride) {
+  constexpr int n = kLanes<T>;
+  int64_t e = 0;
+  if constexpr (std::is_same_v<S, T>) {
+    if (stride == 1) {
+      for (; e < count; e += n) {
+        const int width = count - e < n ? int(count - e) : n;
+        Vec<T> block[n];
+        for (int w = 0; w < users; ++w) {
+          if (width == n) {
+            std::memcpy(&block[w], rows[w] + e, sizeof(Vec<T>));
+          } else {
+            block[w] = load_partial(rows[w] + e, width);
+          }
+        }
+        for (int w = users; w < n; ++w) block[w] = Vec<T>{};
+        transpose<T>(block);
+        for (int i = 0; i < width; ++i) lanes[e + i] = block[i];
+      }
+      return;
+    }
+  }
+  for (; e < count; ++e) {
+    Vec<T> v{};
+    for (int w = 0; w < users; ++w) v[w] = widen<T>(rows[w][e * stride]);
+    lanes[e] = v;
+  }
+}
+
+template <class T, class S>
+void store_lanes_to(const Vec<T>* lanes, S* const* rows, int users, int64_t count, int64_t stride) {
+  constexpr int n = kLanes<T>;
+  int64_t e = 0;
+  if constexpr (std::is_same_v<S, T>) {
+    if (stride == 1) {
+      for (; e < count; e += n) {
+        const int width = count - e < n ? int(count - e) : n;
+        Vec<T> block[n];
+        for (int i = 0; i < n; ++i) block[i] = i < width ? lanes[e + i] : Vec<T>{};
+        transpose<T>(block);
+        for (int w = 0; w < users; ++w) {
+          if (width == n) {
+            std::memcpy(rows[w] + e, &block[w], sizeof(Vec<T>));
+          } else {
+            store_partial(rows[w] + e, block[w], width);
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (; e < count; ++e) {
+    for (int w = 0; w < users; ++w) rows[w][e * stride] = narrow<S>(T(lanes[e][w]));
+  }
+}
+
+MIMNET_FAST_INLINE char* at(const View& view, int64_t i, int64_t j = 0, int64_t k = 0) {
+  const int64_t offset = i * view.stride[0] + j * view.stride[1] + k * view.stride[2];
+  return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+}
+
+// The users of one group: up to kLanes consecutive rows of the batch.
+struct Group {
+  int64_t first;
+  int users;
+};
+
+// lanes[e] from view[first + w, (j, (k,)) e]; a batch dimension of size 1 is shared by all users.
+template <class T>
+void load_rows(Vec<T>* lanes, const View& view, Group group, int64_t j = 0, int64_t k = 0) {
+  const int last = view.dims - 1;
+  const bool shared = view.size[0] == 1;
+  with_storage(view.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const S* rows[kLanes<T>];
+    for (int w = 0; w < group.users; ++w) {
+      rows[w] = reinterpret_cast<const S*>(at(view, shared ? 0 : group.first + w, j, k));
+    }
+    load_lanes_from<T, S>(lanes, rows, group.users, view.size[last], view.stride[last]);
+  });
+}
+
+// All of view[first + w, ...] for two inner dimensions: lanes[j * size + e].
+template <class T>
+void load_matrix(Vec<T>* lanes, const View& view, Group group) {
+  const int64_t rows = view.size[1], columns = view.size[2];
+  if (view.stride[2] == 1 && view.stride[1] == columns) {
+    View flat = view;
+    flat.dims = 2;
+    flat.size[1] = rows * columns;
+    flat.stride[1] = 1;
+    return load_rows<T>(lanes, flat, group);
+  }
+  for (int64_t j = 0; j < rows; ++j) load_rows<T>(lanes + j * columns, view, group, j);
+}
+
+template <class T>
+void store_rows(const Vec<T>* lanes, const View& view, Group group, int64_t j = 0, int64_t k = 0) {
+  const int last = view.dims - 1;
+  with_storage(view.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    S* rows[kLanes<T>];
+    for (int w = 0; w < group.users; ++w) {
+      rows[w] = reinterpret_cast<S*>(at(view, group.first + w, j, k));
+    }
+    store_lanes_to<T, S>(lanes, rows, group.users, view.size[last], view.stride[last]);
+  });
+}
+
+template <class T>
+void store_matrix(const Vec<T>* lanes, const View& view, Group group) {
+  const int64_t rows = view.size[1], columns = view.size[2];
+  if (view.stride[2] == 1 && view.stride[1] == columns) {
+    View flat = view;
+    flat.dims = 2;
+    flat.size[1] = rows * columns;
+    flat.stride[1] = 1;
+    return store_rows<T>(lanes, flat, group);
+  }
+  for (int64_t j = 0; j < rows; ++j) store_rows<T>(lanes + j * columns, view, group, j);
+}
+
+// A boolean matrix [B, n] as lanes of 1 and 0.
+template <class T>
+void load_flags(Vec<T>* lanes, const View& view, Group group) {
+  for (int64_t i = 0; i < view.size[1]; ++i) {
+    Vec<T> v{};
+    for (int w = 0; w < group.users; ++w) {
+      v[w] = T(*reinterpret_cast<const uint8_t*>(at(view, group.first + w, i)) != 0);
+    }
+    lanes[i] = v;
+  }
+}
+
+// One number per user.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> load_column(const View& view, Group group, int64_t j = 0) {
+  Vec<T> v{};
+  with_storage(view.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int w = 0; w < group.users; ++w) {
+      v[w] = widen<T>(*reinterpret_cast<const S*>(at(view, group.first + w, j)));
+    }
+  });
+  return v;
+}
+
+template <class T>
+MIMNET_FAST_INLINE void store_column(Vec<T> v, const View& view, Group group, int64_t j = 0) {
+  with_storage(view.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int w = 0; w < group.users; ++w) {
+      *reinterpret_cast<S*>(at(view, group.first + w, j)) = narrow<S>(T(v[w]));
+    }
+  });
+}
+
+// Rows of a padded row-major buffer, `per_user` of them for each user: row `index` of every user of the
+// group from its lanes. The padding up to `width` becomes 0.
+template <class T>
+void save_rows(T* buffer, int64_t width, const Vec<T>* lanes, int64_t count, Group group,
+               int64_t per_user = 1, int64_t index = 0) {
+  constexpr int n = kLanes<T>;
+  for (int64_t e = 0; e < width; e += n) {
+    Vec<T> block[n];
+    for (int i = 0; i < n; ++i) block[i] = e + i < count ? lanes[e + i] : Vec<T>{};
+    transpose<T>(block);
+    for (int w = 0; w < group.users; ++w) {
+      const int64_t row = (group.first + w) * per_user + index;
+      *reinterpret_cast<Vec<T>*>(buffer + row * width + e) = block[w];
+    }
+  }
+}
+
+// squash(x) in place for one vector of `count` lanes.
+template <class T>
+MIMNET_FAST_INLINE void squash_lanes(Vec<T>* x, int64_t count, const Squash& squash) {
+  Vec<T> norm2{};
+  for (int64_t d = 0; d < count; ++d) norm2 += x[d] * x[d];
+  const Vec<T> factor = squash_factor<LaneMath<T>>(norm2, squash).factor;
+  for (int64_t d = 0; d < count; ++d) x[d] *= factor;
+}
+
+// grad becomes the gradient with respect to x, given the gradient with respect to squash(x).
+template <class T>
+MIMNET_FAST_INLINE void squash_backward_lanes(
+    Vec<T>* grad, const Vec<T>* x, int64_t count, const Squash& squash) {
+  Vec<T> norm2{}, dot{};
+  for (int64_t d = 0; d < count; ++d) {
+    norm2 += x[d] * x[d];
+    dot += x[d] * grad[d];
+  }
+  const SquashFactor<Vec<T>> f = squash_factor<LaneMath<T>>(norm2, squash);
+  const Vec<T> along = (f.slope + f.slope) * dot;
+  for (int64_t d = 0; d < count; ++d) grad[d] = f.factor * grad[d] + along * x[d];
+}
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -1,0 +1,156 @@
+// Memory of the kernels: scratch that a thread keeps between calls, and buffers of one call.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "lanes.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+
+inline void* aligned(size_t bytes) {
+  void* memory = std::aligned_alloc(64, (bytes + 64) & ~size_t(63));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+// The calling thread's scratch, cut into arrays of vectors. It grows to what was asked for at most and
+// stays until the thread ends, so the loop over users allocates nothing.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t vectors) {
+    const size_t bytes = size_t(vectors) * sizeof(Vec<T>);
+    if (pool().bytes < bytes) {
+      std::free(pool().memory);
+      pool() = {};
+      pool().memory = aligned(bytes);
+      pool().bytes = bytes;
+    }
+    next_ = static_cast<Vec<T>*>(pool().memory);
+  }
+
+  Vec<T>* take(int64_t vectors) {
+    Vec<T>* result = next_;
+    next_ += vectors;
+    return result;
+  }
+
+ private:
+  struct Pool {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+  struct Owner : Pool {
+    ~Owner() { std::free(this->memory); }
+  };
+  static Pool& pool() {
+    static thread_local Owner owner;
+    return owner;
+  }
+
+  Vec<T>* next_;
+};
+
+// An uninitialised array that lives as long as the call.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(aligned(size_t(count) * sizeof(T)))) {}
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer& operator=(Buffer&& other) {
+    std::free(data_);
+    data_ = other.data_;
+    other.data_ = nullptr;
+    return *this;
+  }
+
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// A parameter as a contiguous array of the compute type: the tensor's own memory where it already is
+// one, else a converted copy.
+template <class T>
+class Parameter {
+ public:
+  Parameter() = default;
+  explicit Parameter(const View& view) { reset(view); }
+
+  void reset(const View& view) {
+    if (!view) return;
+    int64_t count = 1;
+    bool contiguous = view.dtype == LaneTypes<T>::dtype;
+    for (int d = view.dims - 1; d >= 0; --d) {
+      contiguous = contiguous && (view.size[d] == 1 || view.stride[d] == count);
+      count *= view.size[d];
+    }
+    if (contiguous) {
+      data_ = static_cast<const T*>(view.data);
+      return;
+    }
+    copy_ = Buffer<T>(count);
+    data_ = copy_.get();
+    T* out = copy_.get();
+    with_storage(view.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      const S* in = static_cast<const S*>(view.data);
+      int64_t index[kMaxDims] = {};
+      for (int64_t n = 0; n < count; ++n) {
+        int64_t offset = 0;
+        for (int d = 0; d < view.dims; ++d) offset += index[d] * view.stride[d];
+        out[n] = widen<T>(in[offset]);
+        for (int d = view.dims - 1; d >= 0 && ++index[d] == view.size[d]; --d) index[d] = 0;
+      }
+    });
+  }
+
+  const T* get() const { return data_; }
+
+ private:
+  const T* data_ = nullptr;
+  Buffer<T> copy_;
+};
+
+// Width of a padded row of n values.
+template <class T>
+MIMNET_FAST_INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// How B users are cut: groups of kLanes users, blocks of up to kTileM groups. A block shares every load
+// of a weight; small batches get smaller blocks so that all threads have one.
+template <class T>
+struct Blocks {
+  int64_t batch;
+  int64_t groups;
+  int64_t per_block;
+  int64_t count;
+
+  Blocks(int64_t b, int64_t threads) : batch(b) {
+    groups = (b + kLanes<T> - 1) / kLanes<T>;
+    per_block = (groups + threads - 1) / threads;
+    if (per_block > 4) per_block = 4;
+    if (per_block < 1) per_block = 1;
+    count = (groups + per_block - 1) / per_block;
+  }
+
+  // Groups in block i.
+  int64_t size(int64_t i) const {
+    const int64_t left = groups - i * per_block;
+    return left < per_block ? left : per_block;
+  }
+
+  Group group(int64_t block, int64_t g) const {
+    const int64_t first = (block * per_block + g) * kLanes<T>;
+    const int64_t left = batch - first;
+    return {first, left < kLanes<T> ? int(left) : kLanes<T>};
+  }
+};
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -1,0 +1,219 @@
+#include "dynamic_routing.h"
+#include "interest_bridge.h"
+#include "multi_granularity_attention.h"
+#include "ops.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+namespace {
+
+template <class T>
+struct Plan {
+  int64_t batch, k, d;
+  Parameter<T> routing_weight;
+  RoutingPlan<T> routing;
+  BridgePlan<T> bridge;
+  FusionPlan<T> fusion;
+  Blocks<T> blocks;
+
+  explicit Plan(const MIMNetArgs& args)
+      : batch(args.source.size[0]),
+        k(args.logits.size[1]),
+        d(args.source.size[1]),
+        routing_weight(args.routing_weight),
+        bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.parallel),
+        fusion(args.fusion, k, d),
+        blocks(batch, args.parallel.threads) {
+    routing = {};
+    routing.length = args.history.size[1];
+    routing.capsules = k;
+    routing.d_in = d;
+    routing.d = d;
+    routing.kind = RoutingWeight::shared;
+    routing.weight = routing_weight.get();
+    routing.iterations = args.iterations;
+    routing.axis = SoftmaxAxis::capsules;
+    routing.padding = args.padding;
+    routing.inner_squash = true;
+    routing.inverse_temperature = T(1);
+    routing.squash = {SquashForm::sqrt_eps, 1e-8, 1.0};
+  }
+
+  // Multiply-adds per block.
+  int64_t work() const {
+    return (routing.work() + bridge.work() + fusion.work()) * kLanes<T> * blocks.per_block;
+  }
+};
+
+// The histories of one group, gathered from the table where they are ids.
+template <class T>
+void load_history(Vec<T>* lanes, const MIMNetArgs& args, int64_t d, Group group) {
+  if (!args.table) return load_matrix<T>(lanes, args.history, group);
+  with_storage(args.table.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t l = 0; l < args.history.size[1]; ++l) {
+      const S* rows[kLanes<T>];
+      for (int w = 0; w < group.users; ++w) {
+        const char* id = at(args.history, group.first + w, l);
+        const int64_t row = args.history.dtype == DType::int64
+                                ? *reinterpret_cast<const int64_t*>(id)
+                                : *reinterpret_cast<const int32_t*>(id);
+        rows[w] = reinterpret_cast<const S*>(at(args.table, row));
+      }
+      load_lanes_from<T, S>(lanes + l * d, rows, group.users, d, args.table.stride[1]);
+    }
+  });
+}
+
+template <class T>
+void forward(const MIMNetArgs& args) {
+  const Plan<T> p(args);
+  const int64_t k = p.k, d = p.d, most = p.blocks.per_block;
+  args.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(most * (2 * k * d + 3 * d) + RoutingState<T>::vectors(p.routing) +
+                       FusionState<T>::vectors(p.fusion, most) + p.bridge.forward_vectors(most));
+    Vec<T>* interests = scratch.take(most * k * d);
+    Vec<T>* transferred = scratch.take(most * k * d);
+    Vec<T>* source = scratch.take(most * d);
+    Vec<T>* item = scratch.take(most * d);
+    Vec<T>* prototype = scratch.take(most * d);
+    RoutingState<T> routing(p.routing, scratch);
+    FusionState<T> fusion(p.fusion, most, scratch);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t groups = p.blocks.size(block);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Group group = p.blocks.group(block, g);
+        load_history<T>(routing.inputs, args, d, group);
+        load_routing_options<T>(p.routing, routing, args.logits, args.mask, View{}, group);
+        route<T>(p.routing, routing);
+        store_matrix<T>(routing.pooled, args.pooled, group);
+        for (int64_t i = 0; i < k * d; ++i) interests[g * k * d + i] = routing.capsules[i];
+        for (int64_t i = 0; i < k; ++i) {
+          squash_lanes<T>(interests + (g * k + i) * d, d, p.routing.squash);
+        }
+        load_rows<T>(source + g * d, args.source, group);
+        load_rows<T>(item + g * d, args.item, group);
+        load_rows<T>(prototype + g * d, args.prototype, group);
+      }
+      bridge_forward<T>(p.bridge, transferred, interests, source, groups, scratch);
+      fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Group group = p.blocks.group(block, g);
+        Vec<T> rating{};
+        for (int64_t i = g * d; i < (g + 1) * d; ++i) rating += fusion.out[i] * item[i];
+        store_column<T>(rating, args.ratings, group);
+        store_matrix<T>(transferred + g * k * d, args.transferred, group);
+      }
+    }
+  });
+}
+
+// The gradient of the histories, for which the couplings are found again.
+template <class T>
+void history_backward(const Plan<T>& p, const MIMNetArgs& args, RoutingState<T>& s,
+                      const Vec<T>* capsule_grad, Group group) {
+  load_history<T>(s.inputs, args, p.d, group);
+  load_routing_options<T>(p.routing, s, args.logits, args.mask, View{}, group);
+  route<T>(p.routing, s);
+  apply_routing_weight_transposed<T>(p.routing, s.pooled, capsule_grad);
+  routing_input_gradient<T>(p.routing, s.inputs, s.coupling, s.pooled);
+  store_matrix<T>(s.inputs, args.grad_history, group);
+}
+
+template <class T>
+void backward(const MIMNetArgs& args) {
+  const Plan<T> p(args);
+  const int64_t k = p.k, d = p.d, batch = p.batch, most = p.blocks.per_block;
+  BridgeRows<T> bridge_rows(p.bridge, batch);
+  FusionRows<T> fusion_rows(p.fusion, batch);
+  Rows<T> pooled_rows, capsule_rows;
+  pooled_rows.allocate(batch * k, d);
+  capsule_rows.allocate(batch * k, d);
+  args.parallel(p.blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(most * (5 * k * d + 7 * d) + k * d + RoutingState<T>::vectors(p.routing) +
+                       FusionState<T>::vectors(p.fusion, most) + p.bridge.backward_vectors(most));
+    Vec<T>* capsules = scratch.take(most * k * d);
+    Vec<T>* interests = scratch.take(most * k * d);
+    Vec<T>* interests_grad = scratch.take(most * k * d);
+    Vec<T>* transferred = scratch.take(most * k * d);
+    Vec<T>* transferred_grad = scratch.take(most * k * d);
+    Vec<T>* source = scratch.take(most * d);
+    Vec<T>* source_grad = scratch.take(most * d);
+    Vec<T>* item = scratch.take(most * d);
+    Vec<T>* item_grad = scratch.take(most * d);
+    Vec<T>* prototype = scratch.take(most * d);
+    Vec<T>* prototype_grad = scratch.take(most * d);
+    Vec<T>* user_grad = scratch.take(most * d);
+    Vec<T>* pooled = scratch.take(k * d);
+    RoutingState<T> routing(p.routing, scratch);
+    FusionState<T> fusion(p.fusion, most, scratch);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t groups = p.blocks.size(block);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Group group = p.blocks.group(block, g);
+        load_matrix<T>(pooled, args.pooled, group);
+        apply_routing_weight<T>(p.routing, capsules + g * k * d, pooled);
+        for (int64_t i = 0; i < k; ++i) {
+          save_rows<T>(pooled_rows.get(), pooled_rows.width, pooled + i * d, d, group, k, i);
+        }
+        for (int64_t i = g * k * d; i < (g + 1) * k * d; ++i) interests[i] = capsules[i];
+        for (int64_t i = 0; i < k; ++i) {
+          squash_lanes<T>(interests + (g * k + i) * d, d, p.routing.squash);
+        }
+        load_matrix<T>(transferred + g * k * d, args.transferred, group);
+        load_rows<T>(source + g * d, args.source, group);
+        load_rows<T>(item + g * d, args.item, group);
+        load_rows<T>(prototype + g * d, args.prototype, group);
+      }
+      fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Vec<T> grad = load_column<T>(args.grad, p.blocks.group(block, g));
+        for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
+      }
+      for (int64_t i = 0; i < groups * k * d; ++i) transferred_grad[i] = Vec<T>{};
+      fuse_backward<T>(p.fusion, fusion, item_grad, prototype_grad, transferred_grad, user_grad,
+                       nullptr, item, prototype, transferred, groups);
+      bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
+                         transferred_grad, interests, source, p.blocks, block, bridge_rows,
+                         scratch);
+      for (int64_t g = 0; g < groups; ++g) {
+        const Group group = p.blocks.group(block, g);
+        Vec<T>* capsule_grad = interests_grad + g * k * d;
+        for (int64_t i = 0; i < k; ++i) {
+          squash_backward_lanes<T>(capsule_grad + i * d, capsules + (g * k + i) * d, d,
+                                   p.routing.squash);
+          save_rows<T>(capsule_rows.get(), capsule_rows.width, capsule_grad + i * d, d, group, k,
+                       i);
+        }
+        fusion_rows.save(p.fusion, fusion, item, prototype, g, group, 1, 0);
+        if (args.grad_item) {
+          const Vec<T> grad = load_column<T>(args.grad, group);
+          for (int64_t i = g * d; i < (g + 1) * d; ++i) item_grad[i] += grad * fusion.out[i];
+          store_rows<T>(item_grad + g * d, args.grad_item, group);
+        }
+        if (args.grad_prototype) store_rows<T>(prototype_grad + g * d, args.grad_prototype, group);
+        if (args.grad_source) store_rows<T>(source_grad + g * d, args.grad_source, group);
+        if (args.grad_history) history_backward(p, args, routing, capsule_grad, group);
+      }
+    }
+  });
+  WeightGradients<T> gradients;
+  gradients.add({pooled_rows.get(), pooled_rows.width, capsule_rows.get(), capsule_rows.width,
+                 batch * k, d, d, args.grad_routing_weight});
+  add_bridge_gradients<T>(p.bridge, bridge_rows, batch,
+                          {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2}, gradients);
+  fusion_rows.add(p.fusion, batch, args.grad_fusion, gradients);
+  const BridgeW2Gradient<T> w2(p.bridge, bridge_rows, batch, args.grad_w2, args.parallel.threads);
+  run_gradients(gradients, w2, p.bridge.work() * batch, args.parallel);
+}
+
+}  // namespace
+
+void mimnet_forward(const MIMNetArgs& args) {
+  args.source.dtype == DType::float64 ? forward<double>(args) : forward<float>(args);
+}
+
+void mimnet_forward_backward(const MIMNetArgs& args) {
+  args.source.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
+}
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -1,0 +1,164 @@
+#include "multi_granularity_attention.h"
+
+#include "ops.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+
+template <class T>
+void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const Vec<T>* prototype,
+          const Vec<T>* interests, int64_t groups) {
+  const int64_t d = p.fine.d;
+  attend<T>(p.fine, s.fine, item, interests, nullptr, groups);
+  attend<T>(p.coarse, s.coarse, prototype, interests, nullptr, groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    Vec<T> logit = splat(p.bias[0]);
+    for (int64_t i = 0; i < d; ++i) {
+      logit += p.weight[i] * item[g * d + i] + p.weight[d + i] * prototype[g * d + i];
+    }
+    const Vec<T> gate = sigmoid<T>(logit);
+    s.gate[g] = gate;
+    for (int64_t i = g * d; i < (g + 1) * d; ++i) {
+      s.out[i] = (T(1) - gate) * s.fine.out[i] + gate * s.coarse.out[i];
+    }
+  }
+}
+
+template <class T>
+void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
+                   Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
+                   const Vec<T>* gate_grad, const Vec<T>* item, const Vec<T>* prototype,
+                   const Vec<T>* interests, int64_t groups) {
+  const int64_t d = p.fine.d;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Vec<T> gate = s.gate[g];
+    Vec<T> grad = gate_grad == nullptr ? Vec<T>{} : gate_grad[g];
+    for (int64_t i = g * d; i < (g + 1) * d; ++i) {
+      grad += out_grad[i] * (s.coarse.out[i] - s.fine.out[i]);
+      s.fine_grad[i] = (T(1) - gate) * out_grad[i];
+      s.coarse_grad[i] = gate * out_grad[i];
+    }
+    s.gate_logit_grad[g] = grad * gate * (T(1) - gate);
+  }
+  attend_backward<T>(p.fine, s.fine, item_grad, interests_grad, s.fine_grad, nullptr, interests,
+                     groups);
+  attend_backward<T>(p.coarse, s.coarse, prototype_grad, interests_grad, s.coarse_grad, nullptr,
+                     interests, groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < d; ++i) {
+      item_grad[g * d + i] += p.weight[i] * s.gate_logit_grad[g];
+      prototype_grad[g * d + i] += p.weight[d + i] * s.gate_logit_grad[g];
+    }
+  }
+}
+
+namespace {
+
+template <class T>
+void forward(const MultiGranularityArgs& args) {
+  const int64_t k = args.interests.size[1], d = args.interests.size[2];
+  const int64_t candidates = args.item.size[1];
+  const FusionPlan<T> p(args.weights, k, d);
+  const Blocks<T> blocks(args.item.size[0], args.parallel.threads);
+  const int64_t most = blocks.per_block, work = p.work() * kLanes<T> * most * candidates;
+  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(most * (2 * d + k * d) + FusionState<T>::vectors(p, most));
+    Vec<T>* item = scratch.take(most * d);
+    Vec<T>* prototype = scratch.take(most * d);
+    Vec<T>* interests = scratch.take(most * k * d);
+    FusionState<T> s(p, most, scratch);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t groups = blocks.size(block);
+      for (int64_t g = 0; g < groups; ++g) {
+        load_matrix<T>(interests + g * k * d, args.interests, blocks.group(block, g));
+      }
+      for (int64_t c = 0; c < candidates; ++c) {
+        for (int64_t g = 0; g < groups; ++g) {
+          load_rows<T>(item + g * d, args.item, blocks.group(block, g), c);
+          load_rows<T>(prototype + g * d, args.prototype, blocks.group(block, g), c);
+        }
+        fuse<T>(p, s, item, prototype, interests, groups);
+        for (int64_t g = 0; g < groups; ++g) {
+          store_rows<T>(s.out + g * d, args.out, blocks.group(block, g), c);
+          store_column<T>(s.gate[g], args.gate, blocks.group(block, g), c);
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const MultiGranularityArgs& args) {
+  const int64_t k = args.interests.size[1], d = args.interests.size[2];
+  const int64_t candidates = args.item.size[1], batch = args.item.size[0];
+  const FusionPlan<T> p(args.weights, k, d);
+  FusionRows<T> rows(p, batch * candidates);
+  const Blocks<T> blocks(batch, args.parallel.threads);
+  const int64_t most = blocks.per_block, work = 3 * p.work() * kLanes<T> * most * candidates;
+  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(most * (5 * d + 2 * k * d + 1) + FusionState<T>::vectors(p, most));
+    Vec<T>* item = scratch.take(most * d);
+    Vec<T>* prototype = scratch.take(most * d);
+    Vec<T>* item_grad = scratch.take(most * d);
+    Vec<T>* prototype_grad = scratch.take(most * d);
+    Vec<T>* out_grad = scratch.take(most * d);
+    Vec<T>* interests = scratch.take(most * k * d);
+    Vec<T>* interests_grad = scratch.take(most * k * d);
+    Vec<T>* gate_grad = scratch.take(most);
+    FusionState<T> s(p, most, scratch);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t groups = blocks.size(block);
+      for (int64_t g = 0; g < groups; ++g) {
+        load_matrix<T>(interests + g * k * d, args.interests, blocks.group(block, g));
+      }
+      for (int64_t i = 0; i < groups * k * d; ++i) interests_grad[i] = Vec<T>{};
+      for (int64_t c = 0; c < candidates; ++c) {
+        for (int64_t g = 0; g < groups; ++g) {
+          const Group group = blocks.group(block, g);
+          load_rows<T>(item + g * d, args.item, group, c);
+          load_rows<T>(prototype + g * d, args.prototype, group, c);
+          load_rows<T>(out_grad + g * d, args.grad, group, c);
+          if (args.grad_gate) gate_grad[g] = load_column<T>(args.grad_gate, group, c);
+        }
+        fuse<T>(p, s, item, prototype, interests, groups);
+        fuse_backward<T>(p, s, item_grad, prototype_grad, interests_grad, out_grad,
+                         args.grad_gate ? gate_grad : nullptr, item, prototype, interests, groups);
+        for (int64_t g = 0; g < groups; ++g) {
+          const Group group = blocks.group(block, g);
+          rows.save(p, s, item, prototype, g, group, candidates, c);
+          if (args.grad_item) store_rows<T>(item_grad + g * d, args.grad_item, group, c);
+          if (args.grad_prototype) {
+            store_rows<T>(prototype_grad + g * d, args.grad_prototype, group, c);
+          }
+        }
+      }
+      if (!args.grad_interests) continue;
+      for (int64_t g = 0; g < groups; ++g) {
+        store_matrix<T>(interests_grad + g * k * d, args.grad_interests, blocks.group(block, g));
+      }
+    }
+  });
+  WeightGradients<T> gradients;
+  rows.add(p, batch * candidates, args.grad_weights, gradients);
+  gradients.run_all(args.parallel);
+}
+
+}  // namespace
+
+void multi_granularity_attention(const MultiGranularityArgs& args) {
+  args.item.dtype == DType::float64 ? forward<double>(args) : forward<float>(args);
+}
+
+void multi_granularity_attention_backward(const MultiGranularityArgs& args) {
+  args.item.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
+}
+
+#define MIMNET_FAST_INSTANTIATE(T)                                                               \
+  template void fuse<T>(const FusionPlan<T>&, FusionState<T>&, const Vec<T>*, const Vec<T>*,     \
+                        const Vec<T>*, int64_t);                                                 \
+  template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*,        \
+                                 Vec<T>*, const Vec<T>*, const Vec<T>*, const Vec<T>*,           \
+                                 const Vec<T>*, const Vec<T>*, int64_t);
+MIMNET_FAST_INSTANTIATE(float)
+MIMNET_FAST_INSTANTIATE(double)
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

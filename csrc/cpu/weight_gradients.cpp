@@ -1,0 +1,78 @@
+#include "weight_gradients.h"
+
+namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
+namespace {
+
+constexpr int64_t kUnitRows = 48;     // entries of a unit: rows (m) ...
+constexpr int64_t kUnitVectors = 4;   // ... times vectors (n)
+constexpr int64_t kChunk = 256;       // users summed while their rows are in the cache
+
+int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+template <class T>
+int64_t columns_of_units(const OuterProduct<T>& p) {
+  return pieces(p.n, kUnitVectors * kLanes<T>);
+}
+
+template <class T>
+void run_unit(const OuterProduct<T>& p, int64_t unit) {
+  const int64_t m0 = unit / columns_of_units(p) * kUnitRows;
+  const int64_t n0 = unit % columns_of_units(p) * kUnitVectors * kLanes<T>;
+  const int64_t m = p.m - m0 < kUnitRows ? p.m - m0 : kUnitRows;
+  const int64_t n = p.n - n0 < kUnitVectors * kLanes<T> ? p.n - n0 : kUnitVectors * kLanes<T>;
+  const int64_t vectors = pieces(n, kLanes<T>);
+  Vec<T> sum[kUnitRows * kUnitVectors];
+  for (int64_t i = 0; i < m * vectors; ++i) sum[i] = Vec<T>{};
+  for (int64_t r = 0; r < p.rows; r += kChunk) {
+    const int64_t rows = p.rows - r < kChunk ? p.rows - r : kChunk;
+    const Vec<T>* g = reinterpret_cast<const Vec<T>*>(p.g + r * p.g_width + n0);
+    multiply<T>({sum, 1, vectors}, {g, 1, p.g_width / kLanes<T>},
+                SharedMatrix<T>(p.a + r * p.a_width + m0, p.a_width, 1), vectors, m, rows, true);
+  }
+  const int64_t row_stride = p.out.dims == 2 ? p.out.stride[0] : 0;
+  const int64_t column_stride = p.out.stride[p.out.dims - 1];
+  with_storage(p.out.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    S* out = static_cast<S*>(p.out.data);
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = reinterpret_cast<const T*>(sum + i * vectors);
+      S* to = out + (m0 + i) * row_stride + n0 * column_stride;
+      for (int64_t j = 0; j < n; ++j) to[j * column_stride] = narrow<S>(row[j]);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+int64_t WeightGradients<T>::units() const {
+  int64_t total = 0;
+  for (int i = 0; i < count_; ++i) {
+    total += pieces(products_[i].m, kUnitRows) * columns_of_units(products_[i]);
+  }
+  return total;
+}
+
+template <class T>
+void WeightGradients<T>::run(int64_t unit) const {
+  for (int i = 0; i < count_; ++i) {
+    const int64_t own = pieces(products_[i].m, kUnitRows) * columns_of_units(products_[i]);
+    if (unit < own) return run_unit(products_[i], unit);
+    unit -= own;
+  }
+}
+
+template <class T>
+void WeightGradients<T>::run_all(const Parallel& parallel) const {
+  int64_t work = 0;
+  for (int i = 0; i < count_; ++i) work += products_[i].rows * products_[i].m * products_[i].n;
+  const int64_t total = units();
+  parallel(total, work / (total + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) run(unit);
+  });
+}
+
+template class WeightGradients<float>;
+template class WeightGradients<double>;
+
+}  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA
