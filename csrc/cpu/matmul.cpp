@@ -21,9 +21,7 @@ void tile(Vec<T>* c, int64_t c_row, int64_t c_column, const Vec<T>* a, int64_t a
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 6
-    for (int n = 0; n < NR; ++n) {
-      sum[m][n] = accumulate ? c[m * c_row + n * c_column] : Vec<T>{};
-    }
+    for (int n = 0; n < NR; ++n) sum[m][n] = Vec<T>{};
   }
   for (int64_t i = 0; i < r; ++i) {
     Vec<T> left[MR];
@@ -41,7 +39,11 @@ void tile(Vec<T>* c, int64_t c_row, int64_t c_column, const Vec<T>* a, int64_t a
 #pragma GCC unroll 4
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 6
-    for (int n = 0; n < NR; ++n) c[m * c_row + n * c_column] = sum[m][n];
+    for (int n = 0; n < NR; ++n) {
+      // C joins last: beside a large C every term would be rounded to its precision.
+      Vec<T>& to = c[m * c_row + n * c_column];
+      to = accumulate ? to + sum[m][n] : sum[m][n];
+    }
   }
 }
 

@@ -41,7 +41,9 @@ def reference_vjp(
     view of itself: the same tensor passed twice must not get both shares in both places.
     """
     with torch.enable_grad():
-        views = [t.view_as(t) if n and t is not None else t for t, n in zip(inputs, needs, strict=True)]
+        views = [
+            t.view_as(t) if n and t is not None else t for t, n in zip(inputs, needs, strict=True)
+        ]
         outputs = function(*views)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [

@@ -141,7 +141,9 @@ def dynamic_routing(
     if capsule_mask is not None:
         _checks.capsule_mask(capsule_mask, batch, k, inputs)
     _checks.whole("iterations", iterations, 1, "the number of weighted sums")
-    temperature = _checks.number("temperature", temperature, above=0.0, meaning="divides the logits")
+    temperature = _checks.number(
+        "temperature", temperature, above=0.0, meaning="divides the logits"
+    )
     axis_code = code("softmax_over", softmax_over, SOFTMAX_AXES)
     padding_code = code("padding", padding, PADDINGS)
     code("gradient", gradient, GRADIENTS)

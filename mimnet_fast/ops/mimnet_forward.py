@@ -19,7 +19,17 @@ _PARAMETERS = 15
 
 
 def _flat(p: MIMNetParameters) -> tuple[Tensor, ...]:
-    return (p.routing_weight, p.w1, p.b1, p.w2, p.b2, *p.fine, *p.coarse, p.fusion_weight, p.fusion_bias)
+    return (
+        p.routing_weight,
+        p.w1,
+        p.b1,
+        p.w2,
+        p.b2,
+        *p.fine,
+        *p.coarse,
+        p.fusion_weight,
+        p.fusion_bias,
+    )
 
 
 def _nested(flat: tuple[Tensor, ...]) -> MIMNetParameters:
@@ -131,7 +141,16 @@ def mimnet_forward(
             padding=padding,
         )
     ratings, _, _ = torch.ops.mimnet_fast.mimnet_forward(
-        history, table, source, item, prototype, *flat, logits.detach(), real, iterations, padding_code
+        history,
+        table,
+        source,
+        item,
+        prototype,
+        *flat,
+        logits.detach(),
+        real,
+        iterations,
+        padding_code,
     )
     return ratings
 
@@ -151,7 +170,9 @@ def _check_history(history: Any, table: Tensor | None, batch: int, like: Tensor)
     if ids.shape[0] != batch:
         raise ValueError(f"history: got {ids.shape[0]} rows, need B = {batch}")
     if ids.device != like.device:
-        raise ValueError(f"history: is on {ids.device}, but the other arguments are on {like.device}")
+        raise ValueError(
+            f"history: is on {ids.device}, but the other arguments are on {like.device}"
+        )
     _checks.in_range("history", ids, 0, rows - 1, "a row of the table")
     return ids
 
@@ -176,7 +197,9 @@ def _differentiable(history: Any, source: Any, *others: Any) -> tuple[Any, ...]:
 
 
 @torch.library.register_fake("mimnet_fast::mimnet_forward_backward")
-def _fake_backward(grad: Tensor, pooled: Tensor, transferred: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    grad: Tensor, pooled: Tensor, transferred: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     history, _, *others, needs = args
     return _autograd.empty_or_like(_differentiable(history, *others), grad, needs)
 

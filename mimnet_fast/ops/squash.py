@@ -70,7 +70,9 @@ def squash(
     x = _checks.leading("x", x, tuple(range(1, 65)), "with at least one dimension")
     form_code, power = check_squash(form, eps, power)
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim: got {dim}, need {-x.dim()} to {x.dim() - 1} for x of shape {x.shape}")
+        raise ValueError(
+            f"dim: got {dim}, need {-x.dim()} to {x.dim() - 1} for x of shape {x.shape}"
+        )
     if backends.select("squash", backend, x.device.type, []) == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
     if dim in (-1, x.dim() - 1):

@@ -84,9 +84,9 @@ def dynamic_routing(
     power: float = 1.0,
 ) -> Tensor:
     """Textbook form: votes ``[B,K,L,D]`` are formed, then routed. ``logits`` is ``[B or 1,K,L]``."""
-    every_vote = votes(inputs, weight)
     batch = inputs.shape[0]
     logits = logits.expand(batch, -1, -1)
+    every_vote = votes(inputs, weight).expand(-1, logits.shape[1], -1, -1)
     if gradient == "last":
         logits = logits.detach()
     for step in range(iterations):
@@ -100,13 +100,13 @@ def dynamic_routing(
             padding=padding,
             temperature=temperature,
         )
-        capsules = (coupling[..., None] * vote).sum(2)
+        capsules = torch.einsum("bkl,bkld->bkd", coupling, vote)
         if last:
             break
         if inner_squash:
             capsules = squash_reference(capsules, eps=eps, form=squash, power=power)
         said = torch.nn.functional.normalize(vote, dim=-1) if normalize_agreement else vote
-        agreement = (capsules[:, :, None, :] * said).sum(-1)
+        agreement = torch.einsum("bkd,bkld->bkl", capsules, said)
         logits = _next_logits(logits, coupling, agreement, update)
     if final_squash:
         capsules = squash_reference(capsules, eps=eps, form=squash, power=power)

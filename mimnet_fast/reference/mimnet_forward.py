@@ -65,9 +65,7 @@ def _compose(
         embedded, p.routing_weight, logits, mask=mask, iterations=iterations, padding=padding
     )
     transferred = bridge(interests, source, p.w1, p.b1, p.w2, p.b2)
-    user, _ = attend(
-        item, prototype, transferred, p.fine, p.coarse, p.fusion_weight, p.fusion_bias
-    )
+    user, _ = attend(item, prototype, transferred, p.fine, p.coarse, p.fusion_weight, p.fusion_bias)
     return (user * item).sum(-1)
 
 
