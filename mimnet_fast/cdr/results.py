@@ -109,7 +109,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any], title: str) -> Table:
     """The results for the terminal."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, caption=_LEGEND, title_justify="left", caption_justify="left")
     for number, column in enumerate(_COLUMNS):
         shown.add_column(column, justify="right" if number else "left")
     for row in _rows(results):
@@ -117,13 +117,14 @@ def table(results: dict[str, Any], title: str) -> Table:
     return shown
 
 
+_LEGEND = "@n: at epoch n"
 _COLUMNS = ("model", "MAE published", "RMSE published", "MAE honest", "RMSE honest")
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
     def cell(found: dict[str, Any], metric: str) -> str:
         epoch = found.get(f"{metric}_epoch")
-        return f"{found[metric]:.4f}" + (f" (epoch {epoch})" if epoch else "")
+        return f"{found[metric]:.4f}" + (f" @{epoch}" if epoch else "")
 
     return [
         [
@@ -154,6 +155,7 @@ def _markdown(results: dict[str, Any]) -> str:
             line(["---", *["---:"] * (len(_COLUMNS) - 1)]),
             *(line(row) for row in _rows(results)),
             "",
+            f"- {_LEGEND}",
             *(f"- {name}: {meaning}" for name, meaning in results["selections"].items()),
             f"- settings of the last run: {settings}",
             f"- dataset {data['fingerprint'][:16]}",

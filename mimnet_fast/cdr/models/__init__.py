@@ -72,8 +72,8 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
-    "constant": ("constant (middle of the scale)", trivial.constant),
+    "constant": ("middle of scale", trivial.constant),
     "global_mean": ("global mean", trivial.global_mean),
     "item_mean": ("item mean", trivial.item_mean),
-    "user_mean": ("user mean (source domain)", trivial.user_mean),
+    "user_mean": ("source user mean", trivial.user_mean),
 }

@@ -1,0 +1,202 @@
+"""The command `mimnet-fast`.
+
+A mistake of the user ends with one message and exit code 2. Results go to standard output, progress
+and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typer.core import TyperGroup
+
+from mimnet_fast import info as installation
+from mimnet_fast.backends import BackendUnavailable
+from mimnet_fast.cdr import demo as demonstration
+from mimnet_fast.cdr import results
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.dataset import Dataset
+from mimnet_fast.cdr.dataset import prepare as prepare_dataset
+from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.models import MODELS
+from mimnet_fast.cdr.protocol import HistoryOrder
+from mimnet_fast.cdr.readers import OnError
+from mimnet_fast.cdr.synthetic import Synthetic
+
+Backend = Literal["auto", "native", "triton", "reference"]
+ModelName = Literal["mimnet", "ptupcdr", "tgt", "all"]
+
+_messages = Console(stderr=True)
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, BackendUnavailable, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            _messages.print(
+                f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+BackendOption = Annotated[Backend, typer.Option(help="Which kernels compute MIMNet and bridges.")]
+Seed = Annotated[int, typer.Option(help="Decides the split and everything random.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Cross-domain recommendation for cold-start users, on kernels made for it."""
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Option(help="Ratings of the domain whose users are known.")],
+    target: Annotated[Path, typer.Option(help="Ratings of the domain to predict.")],
+    out: Annotated[Path, typer.Option(help="New folder for the dataset.")],
+    on_error: Annotated[
+        OnError, typer.Option(help="What to do at a malformed row: stop, or leave out and list.")
+    ] = "raise",
+    as_json: AsJson = False,
+) -> None:
+    """Turn two rating files into a dataset.
+
+    A file is .csv or .tsv (plain or .gz) or .parquet with the columns user_id, item_id, rating and,
+    optionally, timestamp. User ids are shared by both files, item ids are not.
+    """
+    summary = prepare_dataset(source, target, out, on_error=on_error)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    for domain in ("source", "target"):
+        found = summary[domain]
+        print(
+            f"{domain} {found['file']}: {found['ratings']:,} ratings, {found['users']:,} users, "
+            f"{found['items']:,} items, mean {found['mean_rating']:.3f}; "
+            f"{found['duplicate_rows']:,} replaced by a later rating, "
+            f"{found['skipped_rows']:,} malformed rows left out"
+        )
+    print(f"{summary['overlap_users']:,} users of both domains; dataset in {out}")
+    if (out / "skipped.csv").exists():
+        print(f"rows left out are listed in {out / 'skipped.csv'}")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="Folder made by `prepare`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    model: Annotated[ModelName, typer.Option(help="Trivial predictors always join in.")] = "mimnet",
+    beta: Annotated[float, typer.Option(help="Share of shared users to test on.")] = Config.beta,
+    seed: Seed = Config.seed,
+    history_order: Annotated[
+        HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
+    ] = Config.history_order,
+    epochs: Annotated[int, typer.Option(help="Epochs of stage 2.")] = Config.epochs,
+    batch_size: Annotated[int, typer.Option(help="Batch of stage 2.")] = Config.batch_size,
+    base_epochs: Annotated[int, typer.Option(help="Epochs of stage 1.")] = Config.base_epochs,
+    base_batch_size: Annotated[
+        int, typer.Option(help="Batch of stage 1.")
+    ] = Config.base_batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = Config.learning_rate,
+    features: Annotated[int, typer.Option(help="Width of embeddings.")] = Config.features,
+    hidden: Annotated[int, typer.Option(help="Width of meta networks.")] = Config.hidden,
+    interests: Annotated[int, typer.Option(help="Interests per user.")] = Config.interests,
+    iterations: Annotated[int, typer.Option(help="Routing passes.")] = Config.iterations,
+    prototypes: Annotated[int, typer.Option(help="Clusters of target items.")] = Config.prototypes,
+    backend: BackendOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or add a model to it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train models on a dataset and measure them on cold-start users."""
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: go on with --resume, or name a new folder")
+    config = Config(
+        beta=beta,
+        seed=seed,
+        history_order=history_order,
+        learning_rate=learning_rate,
+        features=features,
+        base_epochs=base_epochs,
+        base_batch_size=base_batch_size,
+        epochs=epochs,
+        batch_size=batch_size,
+        hidden=hidden,
+        interests=interests,
+        iterations=iterations,
+        prototypes=prototypes,
+        backend=backend,
+    )
+    names = list(MODELS) if model == "all" else [model]
+    with _progress() as progress:
+        found = run(Dataset.load(dataset), config, names, out, progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    Console().print(results.table(found, f"Cold-start users, beta {beta}, seed {seed}"))
+    print(f"results in {out / 'results.md'} and {out / 'results.json'}")
+
+
+@app.command()
+def demo(
+    seed: Seed = Config.seed, backend: BackendOption = "auto", as_json: AsJson = False
+) -> None:
+    """Train and compare on synthetic data with planted interests, in about a minute."""
+    config = Config(
+        seed=seed,
+        backend=backend,
+        base_epochs=demonstration.BASE_EPOCHS,
+        epochs=demonstration.EPOCHS,
+    )
+    with _progress() as progress:
+        found = demonstration.demo(config, progress, Synthetic())
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in demonstration.tables(found):
+        Console().print(table)
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Tell what is installed and which kernels run."""
+    raise typer.Exit(installation.main(["--json"] if as_json else []))
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=_messages,
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="mimnet-fast")
