@@ -10,7 +10,7 @@ UPDATES = ("accumulate", "replace", "coupling")
 
 
 def code(argument: str, value: str, allowed: tuple[str, ...]) -> int:
-    """Position of ``value`` in ``allowed``; a ValueError that lists them when it is none of them."""
+    """Position of ``value`` in ``allowed``; a ValueError that lists them when it is none."""
     try:
         return allowed.index(value)
     except ValueError:

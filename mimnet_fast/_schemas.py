@@ -1,8 +1,9 @@
 """Declaration of every op, before any library is loaded.
 
 Ops exist without a compiler: `_C` and the Triton kernels only add implementations. Codes stand for
-option names (`_options.py`). `needs` is a bit mask over the inputs of the forward op whose gradient is
-wanted; the others come back as empty tensors. A `mask` is boolean ``[B,L]`` or integer lengths ``[B]``.
+option names (`_options.py`). `needs` is a bit mask over the inputs of the forward op whose gradient
+is wanted; the others come back as empty tensors. A `mask` is boolean ``[B,L]`` or integer lengths
+``[B]``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import torch
 LIBRARY = torch.library.Library("mimnet_fast", "FRAGMENT")
 
 _ATTENTION = "Tensor {0}_kw, Tensor {0}_kb, Tensor {0}_vw, Tensor {0}_vb"
-_FUSION = f"{_ATTENTION.format('fine')}, {_ATTENTION.format('coarse')}, Tensor fusion_weight, Tensor fusion_bias"
+_FUSION = (
+    f"{_ATTENTION.format('fine')}, {_ATTENTION.format('coarse')}, "
+    "Tensor fusion_weight, Tensor fusion_bias"
+)
 _BRIDGE = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _PROJECTIONS = (
     "Tensor? key_weight, Tensor? key_bias, Tensor? value_weight, Tensor? value_bias, "
@@ -32,7 +36,7 @@ def _tensors(count: int) -> str:
 SCHEMAS = (
     "squash(Tensor x, int form, float eps, float power) -> Tensor",
     "squash_backward(Tensor grad, Tensor x, int form, float eps, float power) -> Tensor",
-    # -> capsules, coupling [B,K,L], pooled [B,K,D_in] (what the last pass summed, before the weight)
+    # -> capsules, coupling [B,K,L], pooled [B,K,D_in] (the last weighted sum, before the weight)
     "dynamic_routing(Tensor inputs, Tensor? weight, Tensor? logits, Tensor? mask, "
     "Tensor? capsule_mask, int num_capsules, int iterations, int softmax_over, int padding, "
     "bool inner_squash, bool final_squash, float temperature, int squash, float eps, float power) "
@@ -54,8 +58,8 @@ SCHEMAS = (
     f"Tensor prototype, Tensor interests, {_FUSION}, int needs) -> {_tensors(13)}",
     # -> ratings [B], pooled [B,K,D], transferred interests [B,K,D]
     f"mimnet_forward({_MIMNET}) -> {_tensors(3)}",
-    f"mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, {_MIMNET}, int needs) "
-    f"-> {_tensors(19)}",
+    f"mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, {_MIMNET}, "
+    f"int needs) -> {_tensors(19)}",
 )
 
 for _schema in SCHEMAS:

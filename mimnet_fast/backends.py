@@ -1,8 +1,9 @@
 """Which backend can serve a call, and why not.
 
-``"native"`` is the compiled library of the tensors' device, ``"reference"`` is plain PyTorch and always
-available, ``"auto"`` takes the first that can. A backend asked for by name that cannot serve raises
-:class:`BackendUnavailable` with every reason; ``auto`` goes on to the next and logs that once.
+``"native"`` is the compiled library of the tensors' device, ``"reference"`` is plain PyTorch and
+always available, ``"auto"`` takes the first that can. A backend asked for by name that cannot serve
+raises :class:`BackendUnavailable` with every reason; ``auto`` goes on to the next and logs that
+once.
 """
 
 from __future__ import annotations
@@ -177,13 +178,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     global _explaining
     from mimnet_fast import ops
 
+    function: Any = op
     if isinstance(op, str):
         if op not in ops.FUNCTIONS:
             raise ValueError(f"op: got {op!r}, need one of {', '.join(ops.FUNCTIONS)}")
-        op = getattr(ops, op)
+        function = getattr(ops, op)
     _explaining = True
     try:
-        op(*args, **kwargs)
+        function(*args, **kwargs)
     except _Explanation as explanation:
         return explanation.reasons
     finally:

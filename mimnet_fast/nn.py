@@ -51,16 +51,18 @@ class Squash(Module):
         self.dim, self.eps, self.form, self.power, self.backend = dim, eps, form, power, backend
 
     def forward(self, x: Tensor) -> Tensor:
+        """Squash the vectors along ``dim``."""
         return ops.squash(
             x, self.dim, eps=self.eps, form=self.form, power=self.power, backend=self.backend
         )
 
     def extra_repr(self) -> str:
+        """What ``repr`` shows."""
         return f"dim={self.dim}, form={self.form!r}, eps={self.eps}"
 
 
 class DynamicRouting(Module):
-    """Interest capsules from a history: a transformation and :func:`mimnet_fast.ops.dynamic_routing`.
+    """Interest capsules of a history, :func:`mimnet_fast.ops.dynamic_routing` with its weight.
 
     Args:
         in_features: D_in.
@@ -72,7 +74,7 @@ class DynamicRouting(Module):
             ``"zeros"`` starts from zeros. Pass ``logits`` for predictions that can be repeated.
         backend: See :mod:`mimnet_fast.backends`.
         device, dtype: Of the weight.
-        options: Further keyword arguments of the op (``iterations``, ``softmax_over``, ``padding`` ...).
+        options: Further keyword arguments of the op (``iterations``, ``softmax_over`` ...).
 
     >>> layer = DynamicRouting(8, 4, 3, iterations=2)
     >>> layer(torch.randn(2, 5, 8), lengths=torch.tensor([5, 1])).shape
@@ -97,7 +99,7 @@ class DynamicRouting(Module):
             raise ValueError(f"weight: got {weight!r}, need 'shared' or 'per_capsule'")
         if initial_logits not in ("normal", "zeros"):
             raise ValueError(f"initial_logits: got {initial_logits!r}, need 'normal' or 'zeros'")
-        shape = (in_features, out_features)
+        shape: tuple[int, ...] = (in_features, out_features)
         if weight == "per_capsule":
             shape = (num_capsules, *shape)
         self.num_capsules, self.initial_logits = num_capsules, initial_logits
@@ -118,6 +120,7 @@ class DynamicRouting(Module):
         logits: Tensor | None = None,
         capsule_mask: Tensor | None = None,
     ) -> Tensor:
+        """``[B, L, D_in]`` to capsules ``[B, K, D]``."""
         if logits is None and self.initial_logits == "normal":
             batch, length = inputs.shape[:2]
             logits = torch.randn(
@@ -136,11 +139,12 @@ class DynamicRouting(Module):
         )
 
     def extra_repr(self) -> str:
+        """What ``repr`` shows."""
         return f"{tuple(self.weight.shape)}, num_capsules={self.num_capsules}"
 
 
 class InterestBridge(Module):
-    """The meta network of MIMNet and PTUPCDR with its bridge, :func:`mimnet_fast.ops.interest_bridge`.
+    """Meta network and bridge of MIMNet and PTUPCDR, :func:`mimnet_fast.ops.interest_bridge`.
 
     Args:
         interest_features: D_i.
@@ -173,11 +177,13 @@ class InterestBridge(Module):
         self.w2, self.b2 = _linear(entries, hidden_features, **factory)
 
     def forward(self, interests: Tensor, source: Tensor) -> Tensor:
+        """``[B, K, D_i]`` and ``[B, D_s]`` or ``[B, K, D_s]`` to ``[B, K, D_t]``."""
         return ops.interest_bridge(
             interests, source, self.w1, self.b1, self.w2, self.b2, backend=self.backend
         )
 
     def extra_repr(self) -> str:
+        """What ``repr`` shows."""
         hidden, interest = self.w1.shape
         return f"interest={interest}, hidden={hidden}, entries={self.w2.shape[0]}"
 
@@ -225,6 +231,7 @@ class TargetAttention(Module):
     def forward(
         self, query: Tensor, interests: Tensor, *, capsule_mask: Tensor | None = None
     ) -> Tensor:
+        """``[B, D]`` or ``[B, C, D]`` and interests ``[B, K, D]`` to a tensor like ``query``."""
         out = ops.target_attention(
             query,
             interests,
@@ -273,6 +280,7 @@ class MultiGranularityAttention(Module):
         return fine, coarse, self.fusion_weight, self.fusion_bias  # type: ignore[return-value]
 
     def forward(self, item: Tensor, prototype: Tensor, interests: Tensor) -> Tensor:
+        """``[B, D]`` or ``[B, C, D]`` twice, interests ``[B, K, D]``; a tensor like ``item``."""
         out = ops.multi_granularity_attention(
             item, prototype, interests, *self.weights(), backend=self.backend
         )

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-# A kernel may be this many times as far from the float64 result as plain PyTorch in the same dtype ...
+# A kernel may be this many times as far from the float64 result as plain PyTorch in its dtype ...
 _OUTPUT_FACTOR, _GRADIENT_FACTOR = 2.0, 3.0
-# ... and this many units of rounding further, for results that plain PyTorch happens to hit exactly.
+# ... and this many units of rounding further, for results that plain PyTorch happens to hit.
 _ULPS = 4
-# Runs of the reference on inputs moved by two units of rounding: where routing is nearly tied, how far a
-# single run of anything ends from the exact result is luck.
+# Runs of the reference on inputs moved by two units of rounding: where routing is nearly tied, how
+# far a single run of anything ends from the exact result is luck.
 _JITTERED_RUNS = 8
 
 
@@ -27,11 +26,12 @@ class Difference:
     shape: tuple[int, ...]
     error: float
     reference_error: float
-    """The distance of plain PyTorch: the farthest of some runs on inputs within rounding of the call's."""
+    """Plain PyTorch's distance: the farthest of some runs on inputs within rounding of these."""
     allowed: float
 
     @property
     def ok(self) -> bool:
+        """Whether the tensor is close enough."""
         return self.error <= self.allowed
 
 
@@ -135,9 +135,9 @@ def verify(
 ) -> Verification:
     """Outputs and gradients of ``op`` against its reference, on the tensors given here.
 
-    The yardstick is the reference in float64. The backend passes where it is at most twice as far from it
-    (three times for gradients) as plain PyTorch gets in the dtype of the call, on these inputs or on
-    inputs within rounding of them.
+    The yardstick is the reference in float64. The backend passes where it is at most twice as far
+    from it (three times for gradients) as plain PyTorch gets in the dtype of the call, on these
+    inputs or on inputs within rounding of them.
 
     Args:
         op: A function of :mod:`mimnet_fast.ops`.

@@ -17,4 +17,13 @@ FUNCTIONS = (
     "mimnet_forward",
 )
 
-__all__ = ["FUNCTIONS", "MIMNetParameters", *FUNCTIONS]
+__all__ = [
+    "FUNCTIONS",
+    "MIMNetParameters",
+    "dynamic_routing",
+    "interest_bridge",
+    "mimnet_forward",
+    "multi_granularity_attention",
+    "squash",
+    "target_attention",
+]

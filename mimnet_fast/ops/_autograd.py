@@ -9,6 +9,36 @@ import torch
 from torch import Tensor
 
 
+def register(
+    name: str, backward: Callable[..., Any], setup: Callable[..., None]
+) -> Callable[..., Any]:
+    """Register the gradient of an op; returns the op as the public functions call it.
+
+    The registration serves traced graphs and callers of ``torch.ops``. Its per-call bookkeeping
+    grows with the square of the number of arguments (0.1 ms for the 24 of ``mimnet_forward``), so
+    an eager call that may need a gradient goes through a plain autograd function with the same two
+    formulas.
+    """
+    torch.library.register_autograd(f"mimnet_fast::{name}", backward, setup_context=setup)
+    op = getattr(torch.ops.mimnet_fast, name).default
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op(*args)
+            setup(ctx, args, output)
+            return output
+
+    Eager.backward = staticmethod(backward)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*args)
+        return Eager.apply(*args)
+
+    return call
+
+
 def bits(needs: Sequence[bool]) -> int:
     """Flags as the bit mask that the backward ops take: bit i is ``needs[i]``."""
     return sum(1 << i for i, need in enumerate(needs) if need)
@@ -35,10 +65,10 @@ def reference_vjp(
     needs: Sequence[bool],
     grad_outputs: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Differentiable gradients of ``function(*inputs)``, for a backward that is differentiated again.
+    """Differentiable gradients of ``function(*inputs)``, for a backward to differentiate again.
 
-    Kernels have no second derivative of their own, so the reference supplies it. Every input becomes a
-    view of itself: the same tensor passed twice must not get both shares in both places.
+    Kernels have no second derivative of their own, so the reference supplies it. Every input
+    becomes a view of itself: the same tensor passed twice must not get both shares in both places.
     """
     with torch.enable_grad():
         views = [

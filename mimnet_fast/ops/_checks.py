@@ -56,6 +56,13 @@ def same(name: str, value: Any, shape: tuple[int, ...], meaning: str, like: Tens
     _same_device(name, tensor, like)
 
 
+def not_empty(name: str, **sizes: int) -> None:
+    """No size is 0: an op has something to sum over, only the batch may be empty."""
+    for letter, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {letter} = {size}, need at least 1 (only B may be 0)")
+
+
 def _same_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
@@ -67,7 +74,7 @@ def _same_device(name: str, tensor: Tensor, like: Tensor) -> None:
 def history_mask(
     mask: Tensor | None, lengths: Tensor | None, batch: int, length: int, like: Tensor
 ) -> Tensor | None:
-    """The one of ``mask`` (bool ``[B,L]``) and ``lengths`` (integer ``[B]``) that was given, checked."""
+    """The given one of ``mask`` (bool ``[B,L]``) and ``lengths`` (integer ``[B]``), checked."""
     if mask is not None and lengths is not None:
         raise ValueError("mask, lengths: got both, need at most one")
     if mask is not None:
@@ -95,8 +102,8 @@ def history_mask(
 def in_range(name: str, tensor: Tensor, low: int, high: int, meaning: str) -> None:
     """Values of a CPU tensor in ``[low, high]``.
 
-    On other devices a look at the values would stall the stream, and while tracing there are none; the
-    kernels are safe there: lengths are clamped, ids are checked by the CPU kernel.
+    On other devices a look at the values would stall the stream, and while tracing there are none;
+    the kernels are safe there: lengths are clamped, ids are checked by the CPU kernel.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.numel() == 0:
         return
@@ -113,7 +120,8 @@ def capsule_mask(mask: Any, batch: int, capsules: int, like: Tensor) -> None:
         raise TypeError(f"capsule_mask: got dtype {tensor.dtype}, need bool, True at real capsules")
     if tensor.shape != (batch, capsules):
         raise ValueError(
-            f"capsule_mask: got shape {_text(tensor.shape)}, need [B, K] = {_text((batch, capsules))}"
+            f"capsule_mask: got shape {_text(tensor.shape)}, "
+            f"need [B, K] = {_text((batch, capsules))}"
         )
     _same_device("capsule_mask", tensor, like)
 
@@ -144,10 +152,13 @@ def lengths_to_mask(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def autocast(tensors: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
-    """Under ``torch.autocast`` the floating tensors in its dtype, as for a linear layer."""
+    """Under ``torch.autocast`` the tensors in its dtype, float64 apart, as for a linear layer."""
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype is not torch.float64
+        else t
+        for t in tensors
     )

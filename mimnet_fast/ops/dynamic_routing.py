@@ -27,6 +27,7 @@ def _capsules(candidates: dict[str, int | None]) -> int:
     for name, other in others:
         if other != k:
             raise ValueError(f"{name}: got {other} capsules, but {first} has {k}")
+    _checks.not_empty(first, K=k)
     return k
 
 
@@ -65,21 +66,21 @@ def dynamic_routing(
     Shared and per-capsule weights never form the votes on the compiled backends.
 
     Args:
-        inputs: ``[B, L, D_in]``; with ``weight=None`` the votes, ``[B, L, D]`` (the same for all K) or
-            ``[B, K, L, D]``.
+        inputs: ``[B, L, D_in]``; with ``weight=None`` the votes, ``[B, L, D]`` (the same for all K)
+            or ``[B, K, L, D]``.
         weight: None, ``[D_in, D]`` shared, ``[K, D_in, D]`` per capsule, or ``[L, K, D_in, D]`` per
             position and capsule.
-        logits: First logits, ``[B, K, L]`` or ``[1, K, L]``; None is zeros. Nothing is drawn here: with
-            a shared weight and zero logits all capsules come out equal.
+        logits: First logits, ``[B, K, L]`` or ``[1, K, L]``; None is zeros. Nothing is drawn here:
+            with a shared weight and zero logits all capsules come out equal.
         num_capsules: K, needed when neither ``weight`` nor ``logits`` tells it.
         mask: Boolean ``[B, L]``, True at real items, any pattern. Or
         lengths: integer ``[B]``, the first ``lengths[b]`` items are real.
         capsule_mask: Boolean ``[B, K]``; an absent capsule takes part in nothing and comes out 0.
         iterations: Weighted sums, so there are ``iterations - 1`` updates.
-        softmax_over: ``"capsules"`` (an input divides itself among the capsules) or ``"inputs"``.
+        softmax_over: ``"capsules"`` (an input divides itself among them) or ``"inputs"``.
         padding: What a padded position gets. ``"zero_after"``: coupling 0 after the softmax, its
-            logits still count in a softmax over the inputs. ``"fill_before"``: logit -1e9 before the
-            softmax, which over the capsules is the coupling 1/K and not 0 (released MIMNet).
+            logits still count in a softmax over the inputs. ``"fill_before"``: logit -1e9 before
+            the softmax, which over the capsules is the coupling 1/K and not 0 (released MIMNet).
             ``"ignore"``: as if the position were not there.
         gradient: ``"last"``: the couplings are constants and only the last sum propagates;
             ``"full"``: through all iterations.
@@ -89,7 +90,9 @@ def dynamic_routing(
         inner_squash: Squash before the agreement.
         final_squash: Squash the result.
         temperature: Divides the logits inside the softmax.
-        squash: Form of the squash, see :func:`mimnet_fast.ops.squash`, with its ``eps`` and ``power``.
+        squash: Form of the squash, see :func:`mimnet_fast.ops.squash`.
+        eps: Of the squash.
+        power: Of the squash.
         backend: See :mod:`mimnet_fast.backends`.
 
     Returns:
@@ -115,8 +118,8 @@ def dynamic_routing(
         _checks.whole("num_capsules", num_capsules, 1, "K")
     if inputs.dim() == 4 and weight is not None:
         raise ValueError(
-            f"inputs: got votes of shape {list(inputs.shape)} together with a weight; pass weight=None "
-            "or inputs [B, L, D_in]"
+            f"inputs: got votes of shape {list(inputs.shape)} together with a weight; "
+            "pass weight=None or inputs [B, L, D_in]"
         )
     batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
     k = _capsules(
@@ -127,13 +130,13 @@ def dynamic_routing(
             "num_capsules": num_capsules,
         }
     )
-    if length < 1:
-        raise ValueError("inputs: got L = 0, need at least one position; pad and mask instead")
+    _checks.not_empty("inputs", L=length, D_in=d_in)
     inputs, weight, logits = _checks.autocast((inputs, weight, logits), inputs.device.type)
     if weight is not None:
         tail = (d_in, weight.shape[-1])
         shape = (*((), (k,), (length, k))[weight.dim() - 2], *tail)
         _checks.same("weight", weight, shape, _WEIGHT, inputs)
+        _checks.not_empty("weight", D=weight.shape[-1])
     if logits is not None:
         rows = 1 if logits.shape[0] == 1 else batch
         _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", inputs)
@@ -180,7 +183,7 @@ def dynamic_routing(
             eps=eps,
             power=power,
         )
-    capsules, _, _ = torch.ops.mimnet_fast.dynamic_routing(
+    capsules, _, _ = _call(
         inputs,
         weight,
         None if logits is None else logits.detach(),
@@ -285,4 +288,4 @@ def _backward(
     return (*grads, *(None,) * 13)
 
 
-torch.library.register_autograd("mimnet_fast::dynamic_routing", _backward, setup_context=_setup)
+_call = _autograd.register("dynamic_routing", _backward, _setup)

@@ -21,10 +21,12 @@ def check_bridge(
     _checks.same("w1", w1, (hidden, d_interest), "[H, D_i]", like)
     _checks.same("b1", b1, (hidden,), "[H]", like)
     outputs = _checks.is_tensor("b2", b2, (1,), "[D_s*D_t]").shape[0]
-    if d_source == 0 or outputs % d_source:
+    if outputs % d_source:
         raise ValueError(f"b2: got {outputs} values, need a multiple of D_s = {d_source}")
     _checks.same("w2", w2, (outputs, hidden), "[D_s*D_t, H]", like)
     _checks.same("b2", b2, (outputs,), "[D_s*D_t]", like)
+    _checks.not_empty("w1", H=hidden)
+    _checks.not_empty("b2", D_t=outputs // d_source)
     return outputs // d_source
 
 
@@ -38,11 +40,11 @@ def interest_bridge(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Transfer a source vector through one generated matrix per interest (MIMNet, arXiv 2408.00038).
+    """Transfer a source vector by one generated matrix per interest (MIMNet, arXiv 2408.00038).
 
-    ``out[b,k] = source[b(,k)] @ reshape(w2 relu(w1 interests[b,k] + b1) + b2, [D_s, D_t])``, a row vector
-    times a matrix; PTUPCDR's bridge is the case K = 1. No backend but the reference forms a matrix: the
-    source is contracted with ``w2`` first, once per user.
+    ``out[b,k] = source[b(,k)] @ reshape(w2 relu(w1 interests[b,k] + b1) + b2, [D_s, D_t])``, a row
+    vector times a matrix; PTUPCDR's bridge is the case K = 1. No backend but the reference forms a
+    matrix: the source is contracted with ``w2`` first, once per user.
 
     Args:
         interests: ``[B, K, D_i]``.
@@ -77,11 +79,13 @@ def interest_bridge(
     d_source = source.shape[-1]
     shape = (batch, d_source) if source.dim() == 2 else (batch, k, d_source)
     _checks.same("source", source, shape, _SOURCE, interests)
+    _checks.not_empty("interests", K=k, D_i=d_interest)
+    _checks.not_empty("source", D_s=d_source)
     check_bridge(d_interest, d_source, w1, b1, w2, b2, interests)
     chosen = backends.select("interest_bridge", backend, interests.device.type, [])
     if chosen == "reference":
         return reference.interest_bridge(interests, source, w1, b1, w2, b2)
-    return torch.ops.mimnet_fast.interest_bridge(interests, source, w1, b1, w2, b2)
+    return _call(interests, source, w1, b1, w2, b2)
 
 
 @torch.library.register_fake("mimnet_fast::interest_bridge")
@@ -109,4 +113,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(_autograd.wanted(found, needs))
 
 
-torch.library.register_autograd("mimnet_fast::interest_bridge", _backward, setup_context=_setup)
+_call = _autograd.register("interest_bridge", _backward, _setup)

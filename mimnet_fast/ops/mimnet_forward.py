@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mimnet_fast._options import PADDINGS, code
 from mimnet_fast.ops import _autograd, _checks
 from mimnet_fast.ops.dynamic_routing import saved_dtype
 from mimnet_fast.ops.interest_bridge import check_bridge
-from mimnet_fast.ops.multi_granularity_attention import check_fusion
+from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusion
 from mimnet_fast.reference import MIMNetParameters
 
 _PARAMETERS = 15
@@ -32,10 +33,10 @@ def _flat(p: MIMNetParameters) -> tuple[Tensor, ...]:
     )
 
 
-def _nested(flat: tuple[Tensor, ...]) -> MIMNetParameters:
-    fine = (flat[5], flat[6], flat[7], flat[8])
-    coarse = (flat[9], flat[10], flat[11], flat[12])
-    return MIMNetParameters(*flat[:5], fine, coarse, *flat[13:])
+def _nested(flat: Sequence[Tensor]) -> MIMNetParameters:
+    routing, w1, b1, w2, b2, fkw, fkb, fvw, fvb, ckw, ckb, cvw, cvb, weight, bias = flat
+    fine, coarse = (fkw, fkb, fvw, fvb), (ckw, ckb, cvw, cvb)
+    return MIMNetParameters(routing, w1, b1, w2, b2, fine, coarse, weight, bias)
 
 
 def mimnet_forward(
@@ -59,7 +60,7 @@ def mimnet_forward(
 
         interests   = dynamic_routing(history, routing_weight, logits)
         transferred = interest_bridge(interests, source, w1, b1, w2, b2)
-        user        = multi_granularity_attention(item, prototype, transferred, fine, coarse, fusion)
+        user        = multi_granularity_attention(item, prototype, transferred, ...)
         rating      = user . item
 
     with last-pass routing gradient and softmax over the capsules.
@@ -82,7 +83,8 @@ def mimnet_forward(
         Ratings ``[B]``.
 
     Raises:
-        ValueError: for shapes, ids, lengths, devices or options that do not fit, naming the argument.
+        ValueError: for shapes, ids, lengths, devices or options that do not fit, naming the
+            argument.
         TypeError: for wrong types or dtypes.
 
     Example:
@@ -100,26 +102,25 @@ def mimnet_forward(
     logits = _checks.is_tensor("logits", logits, (3,), "[B, K, L] or [1, K, L]")
     if not isinstance(parameters, MIMNetParameters):
         raise TypeError(f"parameters: got {type(parameters).__name__}, need MIMNetParameters")
-    for name in ("fine", "coarse"):
-        if len(getattr(parameters, name)) != 4:
-            raise TypeError(f"parameters.{name}: need 4 tensors")
+    check_count("parameters.fine", parameters.fine)
+    check_count("parameters.coarse", parameters.coarse)
     floats = (source, item, prototype, table, logits, *_flat(parameters))
     device = source.device.type
-    source, item, prototype, table, logits, *rest = _checks.autocast(floats, device)
-    flat = tuple(rest)
+    source, item, prototype, table, logits, *flat = _checks.autocast(floats, device)
+    p = _nested(flat)
     batch, d = source.shape
     history = _check_history(history, table, batch, source)
     length, k = history.shape[1], logits.shape[1]
-    if length < 1 or k < 1:
-        raise ValueError(f"logits: got K = {k}, L = {length}, need at least one of each")
     _checks.same("item", item, (batch, d), "[B, D]", source)
     _checks.same("prototype", prototype, (batch, d), "[B, D]", source)
     rows = 1 if logits.shape[0] == 1 else batch
     _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", source)
-    _checks.same("routing_weight", flat[0], (d, d), "[D, D]", source)
-    if check_bridge(d, d, *flat[1:5], source) != d:
-        raise ValueError(f"b2: got {flat[4].shape[0]} values, need D*D = {d * d}")
-    check_fusion(flat[5:9], flat[9:13], flat[13], flat[14], d, source)
+    _checks.not_empty("source", D=d)
+    _checks.not_empty("logits", K=k, L=length)
+    _checks.same("routing_weight", p.routing_weight, (d, d), "[D, D]", source)
+    if check_bridge(d, d, p.w1, p.b1, p.w2, p.b2, source) != d:
+        raise ValueError(f"b2: got {p.b2.shape[0]} values, need D*D = {d * d}")
+    check_fusion(p.fine, p.coarse, p.fusion_weight, p.fusion_bias, d, source)
     real = _checks.history_mask(mask, lengths, batch, length, source)
     _checks.whole("iterations", iterations, 1, "the number of weighted sums")
     padding_code = code("padding", padding, PADDINGS)
@@ -133,14 +134,14 @@ def mimnet_forward(
             source,
             item,
             prototype,
-            _nested(flat),
+            p,
             logits,
             mask=_checks.lengths_to_mask(real, length),
             table=table,
             iterations=iterations,
             padding=padding,
         )
-    ratings, _, _ = torch.ops.mimnet_fast.mimnet_forward(
+    ratings, _, _ = _call(
         history,
         table,
         source,
@@ -192,7 +193,7 @@ def _fake(
 
 
 def _differentiable(history: Any, source: Any, *others: Any) -> tuple[Any, ...]:
-    """The 19 inputs that a gradient can be asked for: history, source, item, prototype, parameters."""
+    """The 19 inputs that may need a gradient: history, source, item, prototype, parameters."""
     return (history, source, *others[: 2 + _PARAMETERS])
 
 
@@ -222,11 +223,15 @@ def _backward(
     grads: list[Tensor | None] = [None] * len(needs)
     if grad is not None and torch.is_grad_enabled():
 
-        def again(history: Tensor, *tensors: Tensor) -> Tensor:
+        def again(
+            history: Tensor, source: Tensor, item: Tensor, prototype: Tensor, *flat: Tensor
+        ) -> Tensor:
             return reference.mimnet_forward(
                 history,
-                *tensors[:3],
-                _nested(tensors[3:]),
+                source,
+                item,
+                prototype,
+                _nested(flat),
                 logits,
                 mask=_checks.lengths_to_mask(mask, history.shape[1]),
                 table=table,
@@ -252,4 +257,4 @@ def _backward(
     return (grads[0], None, *grads[1:], *(None,) * 4)
 
 
-torch.library.register_autograd("mimnet_fast::mimnet_forward", _backward, setup_context=_setup)
+_call = _autograd.register("mimnet_forward", _backward, _setup)

@@ -1,4 +1,4 @@
-"""Multi-granularity attention: guided by the item (fine) and by its prototype (coarse), then fused."""
+"""Multi-granularity attention: the item (fine) and its prototype (coarse) guide, a gate fuses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from mimnet_fast.reference.multi_granularity_attention import AttentionWeights
 _PARTS = ("key_weight", "key_bias", "value_weight", "value_bias")
 
 
+def check_count(name: str, weights: Any) -> None:
+    """An attention has four tensors."""
+    if not isinstance(weights, (tuple, list)):
+        raise TypeError(f"{name}: got {type(weights).__name__}, need ({', '.join(_PARTS)})")
+    if len(weights) != len(_PARTS):
+        raise ValueError(f"{name}: got {len(weights)} tensors, need 4 ({', '.join(_PARTS)})")
+
+
 def check_fusion(
-    fine: Any, coarse: Any, fusion_weight: Tensor, fusion_bias: Tensor, d: int, like: Tensor
+    fine: AttentionWeights,
+    coarse: AttentionWeights,
+    fusion_weight: Tensor,
+    fusion_bias: Tensor,
+    d: int,
+    like: Tensor,
 ) -> None:
     """Both attentions' tensors and the gate's."""
     for name, weights in (("fine", fine), ("coarse", coarse)):
-        if not isinstance(weights, (tuple, list)) or len(weights) != 4:
-            raise TypeError(f"{name}: need the 4 tensors ({', '.join(_PARTS)})")
         for part, tensor in zip(_PARTS, weights, strict=True):
             shape = (d, d) if part.endswith("weight") else (d,)
             meaning = "[D, D]" if part.endswith("weight") else "[D]"
@@ -44,9 +55,9 @@ def multi_granularity_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Fuse two target-guided attentions over one user's interests (MIMNet, arXiv 2408.00038).
 
-    ``u_f`` attends from the item with the ``fine`` weights, ``u_c`` from its prototype with ``coarse``
-    (:func:`target_attention`, no scale); ``gate = sigmoid(fusion_weight . [item; prototype] +
-    fusion_bias)``; the result is ``(1 - gate) u_f + gate u_c``.
+    ``u_f`` attends from the item with the ``fine`` weights, ``u_c`` from its prototype with
+    ``coarse`` (:func:`target_attention`, no scale); ``gate = sigmoid(fusion_weight . [item;
+    prototype] + fusion_bias)``; the result is ``(1 - gate) u_f + gate u_c``.
 
     Args:
         item: ``[B, D]``, or ``[B, C, D]`` for C candidates per user.
@@ -71,36 +82,37 @@ def multi_granularity_attention(
         >>> eye, zero = torch.eye(4), torch.zeros(4)
         >>> item, interests = torch.randn(2, 4), torch.randn(2, 3, 4)
         >>> weights = (eye, zero, eye, zero)
+        >>> fusion = torch.zeros(8), torch.zeros(())
         >>> out, gate = multi_granularity_attention(
-        ...     item, item, interests, weights, weights, torch.zeros(8), torch.zeros(()), return_gate=True)
+        ...     item, item, interests, weights, weights, *fusion, return_gate=True)
         >>> gate
         tensor([0.5000, 0.5000])
     """
     item = _checks.leading("item", item, (2, 3), "[B, D] or [B, C, D]")
     _checks.is_tensor("interests", interests, (3,), "[B, K, D]")
+    check_count("fine", fine)
+    check_count("coarse", coarse)
     tensors = (item, prototype, interests, *fine, *coarse, fusion_weight, fusion_bias)
     tensors = _checks.autocast(tensors, item.device.type)
     item, prototype, interests = tensors[:3]
     d, k = item.shape[-1], interests.shape[1]
     _checks.same("prototype", prototype, tuple(item.shape), "the shape of item", item)
     _checks.same("interests", interests, (item.shape[0], k, d), "[B, K, D]", item)
-    if k < 1:
-        raise ValueError("interests: got K = 0, need at least one interest")
-    if len(tensors) != 13:
-        raise TypeError(f"fine, coarse: need 4 tensors each ({', '.join(_PARTS)})")
+    _checks.not_empty("interests", K=k, D=interests.shape[-1])
     check_fusion(tensors[3:7], tensors[7:11], tensors[11], tensors[12], d, item)
     chosen = backends.select("multi_granularity_attention", backend, item.device.type, [])
     if chosen == "reference":
         out, gate = _reference(*tensors)
     else:
-        out, gate = torch.ops.mimnet_fast.multi_granularity_attention(*tensors)
+        out, gate = _call(*tensors)
     return (out, gate) if return_gate else out
 
 
 def _reference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    item, prototype, interests, *rest = tensors
+    item, prototype, interests, fkw, fkb, fvw, fvb, ckw, ckb, cvw, cvb, weight, bias = tensors
+    fine, coarse = (fkw, fkb, fvw, fvb), (ckw, ckb, cvw, cvb)
     return reference.multi_granularity_attention(
-        item, prototype, interests, tuple(rest[:4]), tuple(rest[4:8]), rest[8], rest[9]
+        item, prototype, interests, fine, coarse, weight, bias
     )
 
 
@@ -135,6 +147,4 @@ def _backward(ctx: Any, grad: Tensor | None, grad_gate: Tensor | None) -> tuple[
     return tuple(_autograd.wanted(found, needs))
 
 
-torch.library.register_autograd(
-    "mimnet_fast::multi_granularity_attention", _backward, setup_context=_setup
-)
+_call = _autograd.register("multi_granularity_attention", _backward, _setup)

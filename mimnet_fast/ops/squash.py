@@ -31,7 +31,7 @@ def squash(
     power: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Squash the vectors along ``dim`` (Sabour et al. 2017, eq. 1): short to near 0, long to near 1.
+    """Squash vectors along ``dim`` (Sabour et al. 2017, eq. 1): short to near 0, long to near 1.
 
     With ``n = |x|``, the result is ``x`` times
 
@@ -73,11 +73,12 @@ def squash(
         raise ValueError(
             f"dim: got {dim}, need {-x.dim()} to {x.dim() - 1} for x of shape {x.shape}"
         )
+    _checks.not_empty("x", **{f"size of dim {dim}": x.shape[dim]})
     if backends.select("squash", backend, x.device.type, []) == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
     if dim in (-1, x.dim() - 1):
-        return torch.ops.mimnet_fast.squash(x, form_code, eps, power)
-    return torch.ops.mimnet_fast.squash(x.movedim(dim, -1), form_code, eps, power).movedim(-1, dim)
+        return _call(x, form_code, eps, power)
+    return _call(x.movedim(dim, -1), form_code, eps, power).movedim(-1, dim)
 
 
 @torch.library.register_fake("mimnet_fast::squash")
@@ -109,4 +110,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None
 
 
-torch.library.register_autograd("mimnet_fast::squash", _backward, setup_context=_setup)
+_call = _autograd.register("squash", _backward, _setup)

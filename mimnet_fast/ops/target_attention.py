@@ -48,29 +48,31 @@ def target_attention(
     return_weights: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend from candidates to the K interests of their user (label-aware attention of MIND, MIMNet).
+    """Attend from candidates to their user's K interests (label-aware attention of MIND, MIMNet).
 
     ``a = softmax_k(scale * (q . (W_K u_k + b_K))^power)``, ``out = sum_k a_k (W_V u_k + b_V)``; a
-    projection that is None is the identity. The compiled backends move the projections to the query and
-    to the sum; the key bias then cancels in the softmax, so its gradient is 0.
+    projection that is None is the identity. The compiled backends move the projections to the query
+    and to the sum; the key bias then cancels in the softmax, so its gradient is 0.
 
     Args:
         query: ``[B, D]``, or ``[B, C, D]`` for C candidates per user.
         interests: ``[B, K, D]``.
-        key_weight: ``[D, D]`` as in ``torch.nn.Linear``, or None; ``key_bias`` ``[D]`` goes with it.
+        key_weight: ``[D, D]`` as in ``torch.nn.Linear``, or None.
         key_bias: ``[D]`` or None.
         value_weight: ``[D, D]`` or None.
         value_bias: ``[D]`` or None.
-        capsule_mask: Boolean ``[B, K]``; absent interests weigh 0, and a user without any gets 0.
+        capsule_mask: Boolean ``[B, K]``; absent interests weigh 0, a user without any gets 0.
         scale: Multiplies the scores.
-        power: A positive whole number, the exponent of a score before the scale. An even one loses the
-            score's sign, as in the code that uses it.
-        hard: Take the best interest alone (the first of equals); its gradient reaches the values only.
+        power: A positive whole number, the exponent of a score before the scale. An even one loses
+            the score's sign, as in the code that uses it.
+        hard: Take the best interest alone (the first of equals); its gradient reaches the values
+            only.
         return_weights: Also return the weights.
         backend: See :mod:`mimnet_fast.backends`.
 
     Returns:
-        A tensor like ``query``; with ``return_weights`` also the weights ``[B, K]`` or ``[B, C, K]``.
+        A tensor like ``query``; with ``return_weights`` also the weights, ``[B, K]`` or
+        ``[B, C, K]``.
 
     Raises:
         ValueError: for shapes, devices or options that do not fit, naming the argument.
@@ -79,7 +81,8 @@ def target_attention(
     Example:
         >>> import torch
         >>> interests = torch.eye(3)[None]
-        >>> out, weights = target_attention(interests[:, 0], interests, hard=True, return_weights=True)
+        >>> out, weights = target_attention(
+        ...     interests[:, 0], interests, hard=True, return_weights=True)
         >>> weights
         tensor([[1., 0., 0.]])
     """
@@ -91,8 +94,7 @@ def target_attention(
     k = interests.shape[1]
     shape = (query.shape[0], k, query.shape[-1])
     _checks.same("interests", interests, shape, "[B, K, D]", query)
-    if k < 1:
-        raise ValueError("interests: got K = 0, need at least one interest")
+    _checks.not_empty("interests", K=k, D=interests.shape[-1])
     _check_projections(key_weight, key_bias, value_weight, value_bias, interests)
     if capsule_mask is not None:
         _checks.capsule_mask(capsule_mask, query.shape[0], k, query)
@@ -120,7 +122,7 @@ def target_attention(
             hard=hard,
         )
     else:
-        out, weights = torch.ops.mimnet_fast.target_attention(
+        out, weights = _call(
             query,
             interests,
             key_weight,
@@ -184,4 +186,4 @@ def _backward(
     return (*grads, *(None,) * 4)
 
 
-torch.library.register_autograd("mimnet_fast::target_attention", _backward, setup_context=_setup)
+_call = _autograd.register("target_attention", _backward, _setup)

@@ -83,7 +83,7 @@ def dynamic_routing(
     eps: float = 1e-8,
     power: float = 1.0,
 ) -> Tensor:
-    """Textbook form: votes ``[B,K,L,D]`` are formed, then routed. ``logits`` is ``[B or 1,K,L]``."""
+    """Textbook form: votes ``[B,K,L,D]`` are formed, then routed; ``logits`` ``[B or 1,K,L]``."""
     batch = inputs.shape[0]
     logits = logits.expand(batch, -1, -1)
     every_vote = votes(inputs, weight).expand(-1, logits.shape[1], -1, -1)
@@ -133,9 +133,9 @@ def dynamic_routing_reassociated(
 ) -> Tensor:
     """The same capsules without votes, for a weight that does not depend on the position.
 
-    ``sum_l c_l (x_l W) = (sum_l c_l x_l) W`` and ``v . (x_l W) = (v W^T) . x_l``, so routing stays in
-    the input space and the weight meets K pooled vectors instead of L votes per capsule. Last-pass
-    gradient and accumulated logits, the case that the kernels serve.
+    ``sum_l c_l (x_l W) = (sum_l c_l x_l) W`` and ``v . (x_l W) = (v W^T) . x_l``, so routing stays
+    in the input space and the weight meets K pooled vectors instead of L votes per capsule.
+    Last-pass gradient and accumulated logits, the case that the kernels serve.
     """
     logits = logits.detach().expand(inputs.shape[0], -1, -1)
     matrix = None if weight is None else (weight if weight.dim() == 3 else weight[None])

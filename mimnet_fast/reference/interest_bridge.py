@@ -1,4 +1,4 @@
-"""Per-interest bridge: a meta network turns each interest into a matrix that maps the source vector."""
+"""Per-interest bridge: a meta network turns each interest into a matrix for the source vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-granularity attention: guided by the item (fine) and by its prototype (coarse), then fused."""
+"""Multi-granularity attention: the item (fine) and its prototype (coarse) guide, a gate fuses."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def target_attention_reassociated(
 ) -> tuple[Tensor, Tensor]:
     """The same output with the projections moved from K interests to one query and one sum.
 
-    ``q . (W_K u + b_K) = (W_K^T q) . u + const``, and softmax does not see a constant, so the key bias
-    drops out; ``sum_k a_k (W_V u_k + b_V) = W_V (sum_k a_k u_k) + b_V sum_k a_k``.
+    ``q . (W_K u + b_K) = (W_K^T q) . u + const``, and softmax does not see a constant, so the key
+    bias drops out; ``sum_k a_k (W_V u_k + b_V) = W_V (sum_k a_k u_k) + b_V sum_k a_k``.
     """
     candidates = query[:, None] if query.dim() == 2 else query
     folded = candidates if key_weight is None else candidates @ key_weight
