@@ -246,6 +246,7 @@ void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t cou
         const int width = count - e < n ? int(count - e) : n;
         Vec<T> block[n];
         for (int w = 0; w < users; ++w) {
+          __builtin_prefetch(rows[w] + e + 8 * n);  // one stream per user is more than the CPU foresees
           if (width == n) {
             std::memcpy(&block[w], rows[w] + e, sizeof(Vec<T>));
           } else {

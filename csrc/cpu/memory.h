@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "lanes.h"
 
@@ -52,19 +53,62 @@ class Scratch {
   Vec<T>* next_;
 };
 
+// The block that the buffers of one call are cut from. The calling thread keeps it, because fresh pages
+// cost as much as the work on them; a call that does not fit takes the rest from the system and enlarges
+// the block for the next one, up to a limit.
+class CallMemory {
+ public:
+  static CallMemory& of_this_thread() {
+    static thread_local CallMemory memory;
+    return memory;
+  }
+
+  void* take(size_t bytes) {
+    bytes = (bytes + 63) & ~size_t(63);
+    ++live_;
+    wanted_ += bytes;
+    if (used_ + bytes <= capacity_) {
+      used_ += bytes;
+      return block_ + used_ - bytes;
+    }
+    return aligned(bytes);
+  }
+
+  void give_back(void* memory) {
+    char* const p = static_cast<char*>(memory);
+    if (p < block_ || p >= block_ + capacity_) std::free(memory);
+    if (--live_ > 0) return;
+    if (wanted_ > capacity_ && wanted_ <= kMost) {
+      std::free(block_);
+      block_ = static_cast<char*>(aligned(wanted_));
+      capacity_ = wanted_;
+    }
+    used_ = wanted_ = 0;
+  }
+
+  ~CallMemory() { std::free(block_); }
+
+ private:
+  static constexpr size_t kMost = size_t(64) << 20;
+  char* block_ = nullptr;
+  size_t capacity_ = 0, used_ = 0, wanted_ = 0;
+  int live_ = 0;
+};
+
 // An uninitialised array that lives as long as the call.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(aligned(size_t(count) * sizeof(T)))) {}
-  ~Buffer() { std::free(data_); }
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(CallMemory::of_this_thread().take(size_t(count) * sizeof(T)))) {}
+  ~Buffer() {
+    if (data_ != nullptr) CallMemory::of_this_thread().give_back(data_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer& operator=(Buffer&& other) {
-    std::free(data_);
-    data_ = other.data_;
-    other.data_ = nullptr;
+    std::swap(data_, other.data_);
     return *this;
   }
 
