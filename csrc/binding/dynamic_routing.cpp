@@ -36,9 +36,9 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
   return {out, coupling, pooled};
 }
 
-Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight, Tensor coupling,
-                                  Tensor pooled, bool final_squash, int64_t squash, double eps,
-                                  double power, int64_t needs) {
+Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
+                                  Tensor coupling, Tensor pooled, bool final_squash, int64_t squash,
+                                  double eps, double power, int64_t needs) {
   Gradients gradients(inputs, needs);
   Tensor grad_inputs = gradients.next(inputs);
   Tensor grad_weight = gradients.next(weight);

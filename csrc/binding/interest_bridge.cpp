@@ -18,7 +18,8 @@ cpu::BridgeArgs arguments(const Tensor& interests, const Tensor& source, const T
 
 }  // namespace
 
-Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2, Tensor b2) {
+Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2,
+                       Tensor b2) {
   const int64_t d_target = b2.size(0) / source.size(source.dim() - 1);
   Tensor out = empty(interests, {interests.size(0), interests.size(1), d_target});
   cpu::BridgeArgs args = arguments(interests, source, w1, b1, w2, b2);
@@ -27,8 +28,8 @@ Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Te
   return out;
 }
 
-Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1, Tensor b1,
-                                  Tensor w2, Tensor b2, int64_t needs) {
+Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1,
+                                  Tensor b1, Tensor w2, Tensor b2, int64_t needs) {
   Gradients gradients(interests, needs);
   const Tensors6 grads{gradients.next(interests), gradients.next(source), gradients.next(w1),
                        gradients.next(b1),        gradients.next(w2),     gradients.next(b2)};

@@ -3,7 +3,8 @@
 namespace mimnet_fast::binding {
 namespace {
 
-// Ids address memory, so they are checked where they are used; everything else was checked in Python.
+// Ids address memory, so they are checked where they are used; everything else was checked in
+// Python.
 void check_ids(const cpu::View& ids, int64_t rows) {
   for (int64_t i = 0; i < ids.size[0]; ++i) {
     for (int64_t j = 0; j < ids.size[1]; ++j) {
@@ -49,8 +50,8 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
                         Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2,
                         Tensor b2, Tensor fine_kw, Tensor, Tensor fine_vw, Tensor fine_vb,
                         Tensor coarse_kw, Tensor, Tensor coarse_vw, Tensor coarse_vb,
-                        Tensor fusion_weight, Tensor fusion_bias, Tensor logits, OptionalTensor mask,
-                        int64_t iterations, int64_t padding) {
+                        Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
+                        OptionalTensor mask, int64_t iterations, int64_t padding) {
   const int64_t batch = source.size(0), d = source.size(1), k = logits.size(1);
   const ScalarType saved = saved_dtype(source);
   Tensor ratings = empty(source, {batch});
@@ -70,23 +71,34 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
   return {ratings, pooled, transferred};
 }
 
-Tensors19 mimnet_forward_backward(
-    Tensor grad, Tensor pooled, Tensor transferred, Tensor history, OptionalTensor table,
-    Tensor source, Tensor item, Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
-    Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
-    Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb, Tensor fusion_weight,
-    Tensor fusion_bias, Tensor logits, OptionalTensor mask, int64_t iterations, int64_t padding,
-    int64_t needs) {
+Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, Tensor history,
+                                  OptionalTensor table, Tensor source, Tensor item,
+                                  Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
+                                  Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb,
+                                  Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw,
+                                  Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
+                                  Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
+                                  OptionalTensor mask, int64_t iterations, int64_t padding,
+                                  int64_t needs) {
   Gradients gradients(source, needs);
-  Tensors19 grads{gradients.next(history),       gradients.next(source),
-                  gradients.next(item),          gradients.next(prototype),
-                  gradients.next(routing_weight), gradients.next(w1),
-                  gradients.next(b1),            gradients.next(w2),
-                  gradients.next(b2),            gradients.next(fine_kw),
-                  gradients.next(fine_kb),       gradients.next(fine_vw),
-                  gradients.next(fine_vb),       gradients.next(coarse_kw),
-                  gradients.next(coarse_kb),     gradients.next(coarse_vw),
-                  gradients.next(coarse_vb),     gradients.next(fusion_weight),
+  Tensors19 grads{gradients.next(history),
+                  gradients.next(source),
+                  gradients.next(item),
+                  gradients.next(prototype),
+                  gradients.next(routing_weight),
+                  gradients.next(w1),
+                  gradients.next(b1),
+                  gradients.next(w2),
+                  gradients.next(b2),
+                  gradients.next(fine_kw),
+                  gradients.next(fine_kb),
+                  gradients.next(fine_vw),
+                  gradients.next(fine_vb),
+                  gradients.next(coarse_kw),
+                  gradients.next(coarse_kb),
+                  gradients.next(coarse_vw),
+                  gradients.next(coarse_vb),
+                  gradients.next(fusion_weight),
                   gradients.next(fusion_bias)};
   cpu::MIMNetArgs args =
       arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,

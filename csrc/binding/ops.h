@@ -13,9 +13,9 @@ using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors13 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor>;
-using Tensors19 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor>;
+using Tensors19 =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor squash(Tensor x, int64_t form, double eps, double power);
 Tensor squash_backward(Tensor grad, Tensor x, int64_t form, double eps, double power);
@@ -25,13 +25,13 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
                          int64_t iterations, int64_t softmax_over, int64_t padding,
                          bool inner_squash, bool final_squash, double temperature, int64_t squash,
                          double eps, double power);
-Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight, Tensor coupling,
-                                  Tensor pooled, bool final_squash, int64_t squash, double eps,
-                                  double power, int64_t needs);
+Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
+                                  Tensor coupling, Tensor pooled, bool final_squash, int64_t squash,
+                                  double eps, double power, int64_t needs);
 
 Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2, Tensor b2);
-Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1, Tensor b1,
-                                  Tensor w2, Tensor b2, int64_t needs);
+Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1,
+                                  Tensor b1, Tensor w2, Tensor b2, int64_t needs);
 
 Tensors2 target_attention(Tensor query, Tensor interests, OptionalTensor key_weight,
                           OptionalTensor key_bias, OptionalTensor value_weight,
@@ -43,28 +43,31 @@ Tensors6 target_attention_backward(Tensor grad, OptionalTensor grad_weights, Ten
                                    OptionalTensor value_bias, OptionalTensor capsule_mask,
                                    double scale, int64_t power, bool hard, int64_t needs);
 
-Tensors2 multi_granularity_attention(Tensor item, Tensor prototype, Tensor interests, Tensor fine_kw,
-                                     Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
+Tensors2 multi_granularity_attention(Tensor item, Tensor prototype, Tensor interests,
+                                     Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
                                      Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw,
                                      Tensor coarse_vb, Tensor fusion_weight, Tensor fusion_bias);
-Tensors13 multi_granularity_attention_backward(
-    Tensor grad, OptionalTensor grad_gate, Tensor item, Tensor prototype, Tensor interests,
-    Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw,
-    Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb, Tensor fusion_weight, Tensor fusion_bias,
-    int64_t needs);
+Tensors13 multi_granularity_attention_backward(Tensor grad, OptionalTensor grad_gate, Tensor item,
+                                               Tensor prototype, Tensor interests, Tensor fine_kw,
+                                               Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
+                                               Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw,
+                                               Tensor coarse_vb, Tensor fusion_weight,
+                                               Tensor fusion_bias, int64_t needs);
 
 Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
                         Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2,
                         Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
                         Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
-                        Tensor fusion_weight, Tensor fusion_bias, Tensor logits, OptionalTensor mask,
-                        int64_t iterations, int64_t padding);
-Tensors19 mimnet_forward_backward(
-    Tensor grad, Tensor pooled, Tensor transferred, Tensor history, OptionalTensor table,
-    Tensor source, Tensor item, Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
-    Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
-    Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb, Tensor fusion_weight,
-    Tensor fusion_bias, Tensor logits, OptionalTensor mask, int64_t iterations, int64_t padding,
-    int64_t needs);
+                        Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
+                        OptionalTensor mask, int64_t iterations, int64_t padding);
+Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, Tensor history,
+                                  OptionalTensor table, Tensor source, Tensor item,
+                                  Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
+                                  Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb,
+                                  Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw,
+                                  Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
+                                  Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
+                                  OptionalTensor mask, int64_t iterations, int64_t padding,
+                                  int64_t needs);
 
 }  // namespace mimnet_fast::binding

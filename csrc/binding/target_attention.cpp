@@ -42,8 +42,8 @@ Tensors6 target_attention_backward(Tensor grad, OptionalTensor grad_weights, Ten
                                    OptionalTensor value_bias, OptionalTensor capsule_mask,
                                    double scale, int64_t power, bool hard, int64_t needs) {
   Gradients gradients(query, needs);
-  Tensors6 grads{gradients.next(query),    gradients.next(interests),
-                 gradients.next(key_weight), gradients.next(key_bias),
+  Tensors6 grads{gradients.next(query),        gradients.next(interests),
+                 gradients.next(key_weight),   gradients.next(key_bias),
                  gradients.next(value_weight), gradients.next(value_bias)};
   cpu::AttentionArgs args = arguments(query, interests, key_weight, value_weight, value_bias,
                                       capsule_mask, scale, power, hard);

@@ -1,7 +1,7 @@
 // squash(x) = factor(|x|^2) x for every form, and the slope that its gradient needs.
 //
-// Written for any arithmetic `Math`: SIMD lanes on the host, a scalar per thread on a device. It names
-// Value and Scalar and offers sqrt, power and select.
+// Written for any arithmetic `Math`: SIMD lanes on the host, a scalar per thread on a device. It
+// names Value and Scalar and offers sqrt, power and select.
 #pragma once
 
 #include "options.h"
@@ -21,8 +21,8 @@ struct SquashFactor {
 };
 
 template <class Math>
-MIMNET_FAST_SHARED SquashFactor<typename Math::Value> squash_factor(
-    typename Math::Value norm2, const Squash& squash) {
+MIMNET_FAST_SHARED SquashFactor<typename Math::Value> squash_factor(typename Math::Value norm2,
+                                                                    const Squash& squash) {
   using V = typename Math::Value;
   using T = typename Math::Scalar;
   const V zero = V{};

@@ -6,8 +6,8 @@
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 namespace {
 
-// Softmax of `count` vectors `stride` apart, in place. `keep` (0 or 1 per lane, or null) removes entries
-// before the softmax; where all are removed the result is 0.
+// Softmax of `count` vectors `stride` apart, in place. `keep` (0 or 1 per lane, or null) removes
+// entries before the softmax; where all are removed the result is 0.
 template <class T>
 MIMNET_FAST_INLINE void softmax(Vec<T>* x, int64_t count, int64_t stride, const Vec<T>* keep) {
   const Vec<T> lowest = splat(T(-3e38));
@@ -109,9 +109,8 @@ void load_routing_options(const RoutingPlan<T>& p, RoutingState<T>& s, const Vie
       Vec<T> real{};
       for (int w = 0; w < group.users; ++w) {
         const char* item = at(mask, group.first + w);
-        const int64_t items = mask.dtype == DType::int64
-                                  ? *reinterpret_cast<const int64_t*>(item)
-                                  : *reinterpret_cast<const int32_t*>(item);
+        const int64_t items = mask.dtype == DType::int64 ? *reinterpret_cast<const int64_t*>(item)
+                                                         : *reinterpret_cast<const int32_t*>(item);
         real[w] = T(l < items);
       }
       s.mask[l] = real;
@@ -137,8 +136,8 @@ void route(const RoutingPlan<T>& p, RoutingState<T>& s) {
                     false);
       }
     } else {
-      multiply<T>({s.pooled, d_in, 1}, {s.coupling, length, 1}, ConstLaneMatrix<T>{s.inputs, d_in, 1},
-                  k, d_in, length, false);
+      multiply<T>({s.pooled, d_in, 1}, {s.coupling, length, 1},
+                  ConstLaneMatrix<T>{s.inputs, d_in, 1}, k, d_in, length, false);
     }
     apply_routing_weight(p, s.capsules, s.pooled);
     if (step == p.iterations) return;
@@ -149,11 +148,12 @@ void route(const RoutingPlan<T>& p, RoutingState<T>& s) {
     if (own_votes) {
       for (int64_t i = 0; i < k; ++i) {
         multiply<T>({s.logits + i * length, length, 1}, {s.back + i * d_in, d_in, 1},
-                    ConstLaneMatrix<T>{s.inputs + i * length * d_in, 1, d_in}, 1, length, d_in, true);
+                    ConstLaneMatrix<T>{s.inputs + i * length * d_in, 1, d_in}, 1, length, d_in,
+                    true);
       }
     } else {
-      multiply<T>({s.logits, length, 1}, {s.back, d_in, 1}, ConstLaneMatrix<T>{s.inputs, 1, d_in}, k,
-                  length, d_in, true);
+      multiply<T>({s.logits, length, 1}, {s.back, d_in, 1}, ConstLaneMatrix<T>{s.inputs, 1, d_in},
+                  k, length, d_in, true);
     }
   }
 }
@@ -184,8 +184,9 @@ RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight) {
   p.capsules = args.capsules;
   p.d_in = x.size[x.dims - 1];
   p.d = args.weight ? args.weight.size[args.weight.dims - 1] : p.d_in;
-  p.kind = args.weight ? (args.weight.dims == 2 ? RoutingWeight::shared : RoutingWeight::per_capsule)
-                       : (x.dims == 4 ? RoutingWeight::none_per_capsule : RoutingWeight::none);
+  p.kind = args.weight
+               ? (args.weight.dims == 2 ? RoutingWeight::shared : RoutingWeight::per_capsule)
+               : (x.dims == 4 ? RoutingWeight::none_per_capsule : RoutingWeight::none);
   p.weight = weight;
   p.iterations = args.iterations;
   p.axis = args.axis;
@@ -231,7 +232,8 @@ void forward(const RoutingArgs& args) {
       load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
       route(p, s);
       if (p.final_squash) {
-        for (int64_t k = 0; k < p.capsules; ++k) squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);
+        for (int64_t k = 0; k < p.capsules; ++k)
+          squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);
       }
       store_matrix<T>(s.capsules, args.out, group);
       store_matrix<T>(s.coupling, args.coupling, group);
@@ -272,7 +274,8 @@ void backward(const RoutingArgs& args) {
       }
       if (args.grad_weight) {
         for (int64_t i = 0; i < k; ++i) {
-          save_rows<T>(pooled_rows.get(), pooled_rows.width, pooled + i * p.d_in, p.d_in, group, k, i);
+          save_rows<T>(pooled_rows.get(), pooled_rows.width, pooled + i * p.d_in, p.d_in, group, k,
+                       i);
           save_rows<T>(capsule_rows.get(), capsule_rows.width, grad + i * p.d, p.d, group, k, i);
         }
       }
@@ -312,13 +315,13 @@ void dynamic_routing_backward(const RoutingArgs& args) {
   args.inputs.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                               \
-  template void load_routing_options<T>(const RoutingPlan<T>&, RoutingState<T>&, const View&,    \
-                                        const View&, const View&, Group);                        \
-  template void route<T>(const RoutingPlan<T>&, RoutingState<T>&);                               \
-  template void apply_routing_weight<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*);          \
+#define MIMNET_FAST_INSTANTIATE(T)                                                                 \
+  template void load_routing_options<T>(const RoutingPlan<T>&, RoutingState<T>&, const View&,      \
+                                        const View&, const View&, Group);                          \
+  template void route<T>(const RoutingPlan<T>&, RoutingState<T>&);                                 \
+  template void apply_routing_weight<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*);            \
   template void apply_routing_weight_transposed<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*); \
-  template void routing_input_gradient<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*,         \
+  template void routing_input_gradient<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*,           \
                                           const Vec<T>*);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)

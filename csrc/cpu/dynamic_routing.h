@@ -75,7 +75,8 @@ template <class T>
 void apply_routing_weight_transposed(const RoutingPlan<T>& p, Vec<T>* pooled_grad,
                                      const Vec<T>* capsule_grad);
 
-// Gradient of the inputs of one group, K x L x D or L x D_in, from the coupling and the pooled gradient.
+// Gradient of the inputs of one group, K x L x D or L x D_in, from the coupling and the pooled
+// gradient.
 template <class T>
 void routing_input_gradient(const RoutingPlan<T>& p, Vec<T>* grad, const Vec<T>* coupling,
                             const Vec<T>* pooled_grad);

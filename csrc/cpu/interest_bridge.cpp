@@ -170,7 +170,8 @@ BridgeW2Gradient<T>::BridgeW2Gradient(const BridgePlan<T>& p, const BridgeRows<T
   units_ = grad_w2 ? (p.d_target + width_ - 1) / width_ : 0;
 }
 
-// grad_w2[i, j, h] = sum_b source[b, i] M[b, j, h] with M[b, j, h] = sum_k out_grad[b, k, j] hidden[b, k, h].
+// grad_w2[i, j, h] = sum_b source[b, i] M[b, j, h] with M[b, j, h] = sum_k out_grad[b, k, j]
+// hidden[b, k, h].
 template <class T>
 void BridgeW2Gradient<T>::run(int64_t unit) const {
   constexpr int64_t chunk = 64;  // users whose M is in the cache at a time
@@ -345,16 +346,16 @@ void interest_bridge_backward(const BridgeArgs& args) {
   args.interests.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                                \
-  template class BridgePlan<T>;                                                                   \
-  template class BridgeW2Gradient<T>;                                                             \
-  template void bridge_hidden<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, int64_t);          \
-  template void bridge_forward<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*,    \
-                                  int64_t, Scratch<T>);                                           \
-  template void bridge_backward<T>(const BridgePlan<T>&, Vec<T>*, Vec<T>*, const Vec<T>*,         \
-                                   const Vec<T>*, const Vec<T>*, const Blocks<T>&, int64_t,       \
-                                   BridgeRows<T>&, Scratch<T>);                                   \
-  template void add_bridge_gradients<T>(const BridgePlan<T>&, const BridgeRows<T>&, int64_t,      \
+#define MIMNET_FAST_INSTANTIATE(T)                                                             \
+  template class BridgePlan<T>;                                                                \
+  template class BridgeW2Gradient<T>;                                                          \
+  template void bridge_hidden<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, int64_t);       \
+  template void bridge_forward<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*, \
+                                  int64_t, Scratch<T>);                                        \
+  template void bridge_backward<T>(const BridgePlan<T>&, Vec<T>*, Vec<T>*, const Vec<T>*,      \
+                                   const Vec<T>*, const Vec<T>*, const Blocks<T>&, int64_t,    \
+                                   BridgeRows<T>&, Scratch<T>);                                \
+  template void add_bridge_gradients<T>(const BridgePlan<T>&, const BridgeRows<T>&, int64_t,   \
                                         const BridgeGradientViews&, WeightGradients<T>&);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)

@@ -1,7 +1,8 @@
 // The per-interest bridge for blocks of users, without a matrix per interest.
 //
-// With T[j, h] = sum_i source[i] w2[i, j, h], one contraction per user, interest k of that user costs only
-// out[k, j] = sum_h hidden[k, h] T[j, h]. T is made in panels of a few j that stay in the cache.
+// With T[j, h] = sum_i source[i] w2[i, j, h], one contraction per user, interest k of that user
+// costs only out[k, j] = sum_h hidden[k, h] T[j, h]. T is made in panels of a few j that stay in
+// the cache.
 #pragma once
 
 #include "weight_gradients.h"
@@ -77,8 +78,8 @@ struct BridgeRows {
   }
 };
 
-// Gradients of interests and source (null: not wanted) from the gradient of out; fills the rows of the
-// groups starting at block `block`.
+// Gradients of interests and source (null: not wanted) from the gradient of out; fills the rows of
+// the groups starting at block `block`.
 template <class T>
 void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
                      const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,

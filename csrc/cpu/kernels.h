@@ -1,5 +1,5 @@
-// What the kernels of one instruction set offer, and their arguments. An empty view of a gradient means
-// that it is not wanted. Shapes are those of the ops; a batch of logits may have size 1.
+// What the kernels of one instruction set offer, and their arguments. An empty view of a gradient
+// means that it is not wanted. Shapes are those of the ops; a batch of logits may have size 1.
 #pragma once
 
 #include "../common/options.h"
@@ -50,15 +50,15 @@ struct AttentionWeights {
 };
 
 struct AttentionArgs {
-  View query;         // [B,C,D]
-  View interests;     // [B,K,D]
+  View query;      // [B,C,D]
+  View interests;  // [B,K,D]
   AttentionWeights weights;
   View capsule_mask;  // none or bool [B,K]
   double scale;
   int64_t power;
   bool hard;
-  View out;            // [B,C,D]
-  View coefficients;   // [B,C,K]
+  View out;           // [B,C,D]
+  View coefficients;  // [B,C,K]
   View grad, grad_coefficients;
   View grad_query, grad_interests;
   AttentionWeights grad_weights;
@@ -84,8 +84,8 @@ struct MultiGranularityArgs {
 };
 
 struct MIMNetArgs {
-  View history;  // [B,L,D], or ids [B,L]
-  View table;    // [N,D] when history holds ids
+  View history;                  // [B,L,D], or ids [B,L]
+  View table;                    // [N,D] when history holds ids
   View source, item, prototype;  // [B,D]
   View routing_weight, w1, b1, w2, b2;
   FusionWeights fusion;

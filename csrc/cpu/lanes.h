@@ -1,8 +1,9 @@
 // SIMD lanes over users: lane w of every vector belongs to user w of a group.
 //
-// Routing, bridge and attention are small matrix products per user (D = 10, K = 7), too small and too
-// odd to fill a vector register from one user. With one user per lane every operation is vertical: no
-// horizontal sums, no padding of D, and the softmax over K costs K vector instructions for all lanes.
+// Routing, bridge and attention are small matrix products per user (D = 10, K = 7), too small and
+// too odd to fill a vector register from one user. With one user per lane every operation is
+// vertical: no horizontal sums, no padding of D, and the softmax over K costs K vector instructions
+// for all lanes.
 #pragma once
 
 #include <cmath>
@@ -94,7 +95,8 @@ struct LaneMath {
 };
 
 // exp for arguments up to 88; what is below the smallest normal number is 0. Error under 2 ulp: the
-// argument is reduced to |r| <= ln(2)/2 with ln(2) in two parts, then the Taylor series to degree 7.
+// argument is reduced to |r| <= ln(2)/2 with ln(2) in two parts, then the Taylor series to
+// degree 7.
 MIMNET_FAST_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> bounded = maximum(x, splat(-87.33654f));
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
@@ -126,7 +128,8 @@ MIMNET_FAST_INLINE Vec<T> sigmoid(Vec<T> x) {
   return select(x > T(0), splat(T(1)), e) / (T(1) + e);
 }
 
-// ---- storage types -------------------------------------------------------------------------------
+// ---- storage types
+// -------------------------------------------------------------------------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -181,7 +184,8 @@ MIMNET_FAST_INLINE void with_storage(DType dtype, F&& f) {
   }
 }
 
-// ---- between memory (users in rows) and lanes (users in lanes) -------------------------------------
+// ---- between memory (users in rows) and lanes (users in lanes)
+// -------------------------------------
 
 // The first n of a vector's elements; the rest is 0.
 template <class T>
@@ -234,10 +238,11 @@ MIMNET_FAST_INLINE void transpose(Vec<T>* v) {
   }
 }
 
-// lanes[e][w] = element e of user w's row, for `count` elements `stride` apart. Lanes from `users` on
-// are 0.
+// lanes[e][w] = element e of user w's row, for `count` elements `stride` apart. Lanes from `users`
+// on are 0.
 template <class T, class S>
-void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t count, int64_t stride) {
+void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t count,
+                     int64_t stride) {
   constexpr int n = kLanes<T>;
   int64_t e = 0;
   if constexpr (std::is_same_v<S, T>) {
@@ -246,7 +251,8 @@ void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t cou
         const int width = count - e < n ? int(count - e) : n;
         Vec<T> block[n];
         for (int w = 0; w < users; ++w) {
-          __builtin_prefetch(rows[w] + e + 8 * n);  // one stream per user is more than the CPU foresees
+          __builtin_prefetch(rows[w] + e +
+                             8 * n);  // one stream per user is more than the CPU foresees
           if (width == n) {
             std::memcpy(&block[w], rows[w] + e, sizeof(Vec<T>));
           } else {
@@ -395,8 +401,8 @@ MIMNET_FAST_INLINE void store_column(Vec<T> v, const View& view, Group group, in
   });
 }
 
-// Rows of a padded row-major buffer, `per_user` of them for each user: row `index` of every user of the
-// group from its lanes. The padding up to `width` becomes 0.
+// Rows of a padded row-major buffer, `per_user` of them for each user: row `index` of every user of
+// the group from its lanes. The padding up to `width` becomes 0.
 template <class T>
 void save_rows(T* buffer, int64_t width, const Vec<T>* lanes, int64_t count, Group group,
                int64_t per_user = 1, int64_t index = 0) {
@@ -423,8 +429,8 @@ MIMNET_FAST_INLINE void squash_lanes(Vec<T>* x, int64_t count, const Squash& squ
 
 // grad becomes the gradient with respect to x, given the gradient with respect to squash(x).
 template <class T>
-MIMNET_FAST_INLINE void squash_backward_lanes(
-    Vec<T>* grad, const Vec<T>* x, int64_t count, const Squash& squash) {
+MIMNET_FAST_INLINE void squash_backward_lanes(Vec<T>* grad, const Vec<T>* x, int64_t count,
+                                              const Squash& squash) {
   Vec<T> norm2{}, dot{};
   for (int64_t d = 0; d < count; ++d) {
     norm2 += x[d] * x[d];

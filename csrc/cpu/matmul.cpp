@@ -89,11 +89,11 @@ void multiply(LaneMatrix<T> c, ConstLaneMatrix<T> a, SharedMatrix<T> b, int64_t 
   run<T, T>(c, a, b.data, b.row, b.column, b.tile, m, n, r, accumulate);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                           \
-  template void multiply<T>(LaneMatrix<T>, ConstLaneMatrix<T>, ConstLaneMatrix<T>, int64_t,  \
-                            int64_t, int64_t, bool);                                         \
-  template void multiply<T>(LaneMatrix<T>, ConstLaneMatrix<T>, SharedMatrix<T>, int64_t,     \
-                            int64_t, int64_t, bool);
+#define MIMNET_FAST_INSTANTIATE(T)                                                                \
+  template void multiply<T>(LaneMatrix<T>, ConstLaneMatrix<T>, ConstLaneMatrix<T>, int64_t,       \
+                            int64_t, int64_t, bool);                                              \
+  template void multiply<T>(LaneMatrix<T>, ConstLaneMatrix<T>, SharedMatrix<T>, int64_t, int64_t, \
+                            int64_t, bool);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -1,5 +1,5 @@
-// Small matrix products over lanes. A "matrix" is any arrangement of vectors, given by strides counted
-// in vectors; C[m, n] (+)= sum_r A[m, r] B[r, n].
+// Small matrix products over lanes. A "matrix" is any arrangement of vectors, given by strides
+// counted in vectors; C[m, n] (+)= sum_r A[m, r] B[r, n].
 #pragma once
 
 #include "lanes.h"

@@ -15,8 +15,8 @@ inline void* aligned(size_t bytes) {
   return memory;
 }
 
-// The calling thread's scratch, cut into arrays of vectors. It grows to what was asked for at most and
-// stays until the thread ends, so the loop over users allocates nothing.
+// The calling thread's scratch, cut into arrays of vectors. It grows to what was asked for at most
+// and stays until the thread ends, so the loop over users allocates nothing.
 template <class T>
 class Scratch {
  public:
@@ -53,9 +53,9 @@ class Scratch {
   Vec<T>* next_;
 };
 
-// The block that the buffers of one call are cut from. The calling thread keeps it, because fresh pages
-// cost as much as the work on them; a call that does not fit takes the rest from the system and enlarges
-// the block for the next one, up to a limit.
+// The block that the buffers of one call are cut from. The calling thread keeps it, because fresh
+// pages cost as much as the work on them; a call that does not fit takes the rest from the system
+// and enlarges the block for the next one, up to a limit.
 class CallMemory {
  public:
   static CallMemory& of_this_thread() {
@@ -118,8 +118,8 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// A parameter as a contiguous array of the compute type: the tensor's own memory where it already is
-// one, else a converted copy.
+// A parameter as a contiguous array of the compute type: the tensor's own memory where it already
+// is one, else a converted copy.
 template <class T>
 class Parameter {
  public:
@@ -167,8 +167,8 @@ MIMNET_FAST_INLINE int64_t padded(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// How B users are cut: groups of kLanes users, blocks of up to kTileM groups. A block shares every load
-// of a weight; small batches get smaller blocks so that all threads have one.
+// How B users are cut: groups of kLanes users, blocks of up to kTileM groups. A block shares every
+// load of a weight; small batches get smaller blocks so that all threads have one.
 template <class T>
 struct Blocks {
   int64_t batch;

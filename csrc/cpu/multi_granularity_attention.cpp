@@ -152,12 +152,12 @@ void multi_granularity_attention_backward(const MultiGranularityArgs& args) {
   args.item.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                               \
-  template void fuse<T>(const FusionPlan<T>&, FusionState<T>&, const Vec<T>*, const Vec<T>*,     \
-                        const Vec<T>*, int64_t);                                                 \
-  template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*,        \
-                                 Vec<T>*, const Vec<T>*, const Vec<T>*, const Vec<T>*,           \
-                                 const Vec<T>*, const Vec<T>*, int64_t);
+#define MIMNET_FAST_INSTANTIATE(T)                                                                 \
+  template void fuse<T>(const FusionPlan<T>&, FusionState<T>&, const Vec<T>*, const Vec<T>*,       \
+                        const Vec<T>*, int64_t);                                                   \
+  template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*, Vec<T>*, \
+                                 const Vec<T>*, const Vec<T>*, const Vec<T>*, const Vec<T>*,       \
+                                 const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -29,11 +29,11 @@ class FusionPlan {
 template <class T>
 struct FusionState {
   AttentionState<T> fine, coarse;
-  Vec<T>* gate;            // 1
+  Vec<T>* gate;             // 1
   Vec<T>* gate_logit_grad;  // 1
-  Vec<T>* out;             // D
-  Vec<T>* fine_grad;       // D
-  Vec<T>* coarse_grad;     // D
+  Vec<T>* out;              // D
+  Vec<T>* fine_grad;        // D
+  Vec<T>* coarse_grad;      // D
 
   static int64_t vectors(const FusionPlan<T>& p, int64_t groups) {
     return 2 * AttentionState<T>::vectors(p.fine, groups) + groups * (2 + 3 * p.fine.d);

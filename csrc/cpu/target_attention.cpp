@@ -240,11 +240,11 @@ void target_attention_backward(const AttentionArgs& args) {
   args.query.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                              \
-  template void attend<T>(const AttentionPlan<T>&, AttentionState<T>&, const Vec<T>*,           \
-                          const Vec<T>*, const Vec<T>*, int64_t);                               \
-  template void attend_backward<T>(const AttentionPlan<T>&, AttentionState<T>&, Vec<T>*,        \
-                                   Vec<T>*, const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
+#define MIMNET_FAST_INSTANTIATE(T)                                                                \
+  template void attend<T>(const AttentionPlan<T>&, AttentionState<T>&, const Vec<T>*,             \
+                          const Vec<T>*, const Vec<T>*, int64_t);                                 \
+  template void attend_backward<T>(const AttentionPlan<T>&, AttentionState<T>&, Vec<T>*, Vec<T>*, \
+                                   const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

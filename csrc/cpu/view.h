@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// Code that several instruction sets share must not exist out of line: the linker would keep one copy,
-// perhaps the one that the processor at hand cannot run.
+// Code that several instruction sets share must not exist out of line: the linker would keep one
+// copy, perhaps the one that the processor at hand cannot run.
 #define MIMNET_FAST_INLINE inline __attribute__((always_inline))
 
 namespace mimnet_fast::cpu {
@@ -42,8 +42,8 @@ MIMNET_FAST_INLINE int64_t element_size(DType dtype) {
   return 1;
 }
 
-// Runs body(context, begin, end) over [0, count), the range cut among the caller's threads into pieces of
-// at least `grain`.
+// Runs body(context, begin, end) over [0, count), the range cut among the caller's threads into
+// pieces of at least `grain`.
 struct Parallel {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   void (*run)(int64_t count, int64_t grain, void* context, Body body);

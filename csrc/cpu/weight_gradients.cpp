@@ -3,9 +3,9 @@
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 namespace {
 
-constexpr int64_t kUnitRows = 48;     // entries of a unit: rows (m) ...
-constexpr int64_t kUnitVectors = 4;   // ... times vectors (n)
-constexpr int64_t kChunk = 256;       // users summed while their rows are in the cache
+constexpr int64_t kUnitRows = 48;    // entries of a unit: rows (m) ...
+constexpr int64_t kUnitVectors = 4;  // ... times vectors (n)
+constexpr int64_t kChunk = 256;      // users summed while their rows are in the cache
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

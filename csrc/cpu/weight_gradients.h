@@ -1,8 +1,9 @@
-// Gradients of the parameters: sums over all users, taken in one fixed order after the users are done.
+// Gradients of the parameters: sums over all users, taken in one fixed order after the users are
+// done.
 //
-// The loop over users leaves the factors as rows of padded row-major buffers; then the threads share out
-// the *entries* of the gradients, so that no two threads ever add to the same one. The result does not
-// depend on the number of threads, and there is nothing to reduce.
+// The loop over users leaves the factors as rows of padded row-major buffers; then the threads
+// share out the *entries* of the gradients, so that no two threads ever add to the same one. The
+// result does not depend on the number of threads, and there is nothing to reduce.
 #pragma once
 
 #include "matmul.h"
