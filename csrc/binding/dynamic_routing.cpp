@@ -39,9 +39,7 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
 Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
                                   Tensor coupling, Tensor pooled, bool final_squash, int64_t squash,
                                   double eps, double power, int64_t needs) {
-  Gradients gradients(inputs, needs);
-  Tensor grad_inputs = gradients.next(inputs);
-  Tensor grad_weight = gradients.next(weight);
+  const auto grads = gradients_like<2>({inputs, weight}, inputs, needs);
   cpu::RoutingArgs args{};
   args.inputs = view(inputs);
   args.weight = view(weight);
@@ -53,11 +51,11 @@ Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor wei
   args.coupling = view(coupling);
   args.pooled = view(pooled);
   args.grad = view(grad);
-  args.grad_inputs = wanted(grad_inputs, needs, 0);
-  args.grad_weight = wanted(grad_weight, needs, 1);
+  args.grad_inputs = wanted(grads, needs, 0);
+  args.grad_weight = wanted(grads, needs, 1);
   args.parallel = parallel();
   cpu::kernels().dynamic_routing_backward(args);
-  return {grad_inputs, grad_weight};
+  return std::tuple_cat(grads);
 }
 
 }  // namespace mimnet_fast::binding

@@ -30,19 +30,17 @@ Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Te
 
 Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1,
                                   Tensor b1, Tensor w2, Tensor b2, int64_t needs) {
-  Gradients gradients(interests, needs);
-  const Tensors6 grads{gradients.next(interests), gradients.next(source), gradients.next(w1),
-                       gradients.next(b1),        gradients.next(w2),     gradients.next(b2)};
+  const auto grads = gradients_like<6>({interests, source, w1, b1, w2, b2}, interests, needs);
   cpu::BridgeArgs args = arguments(interests, source, w1, b1, w2, b2);
   args.grad = view(grad);
-  args.grad_interests = wanted(std::get<0>(grads), needs, 0);
-  args.grad_source = wanted(std::get<1>(grads), needs, 1);
-  args.grad_w1 = wanted(std::get<2>(grads), needs, 2);
-  args.grad_b1 = wanted(std::get<3>(grads), needs, 3);
-  args.grad_w2 = wanted(std::get<4>(grads), needs, 4);
-  args.grad_b2 = wanted(std::get<5>(grads), needs, 5);
+  args.grad_interests = wanted(grads, needs, 0);
+  args.grad_source = wanted(grads, needs, 1);
+  args.grad_w1 = wanted(grads, needs, 2);
+  args.grad_b1 = wanted(grads, needs, 3);
+  args.grad_w2 = wanted(grads, needs, 4);
+  args.grad_b2 = wanted(grads, needs, 5);
   cpu::kernels().interest_bridge_backward(args);
-  return grads;
+  return std::tuple_cat(grads);
 }
 
 }  // namespace mimnet_fast::binding

@@ -59,10 +59,8 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
   Tensor transferred = empty(source, {batch, k, d}, saved);
   cpu::MIMNetArgs args =
       arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
-                {{view(fine_kw), view(fine_vw), view(fine_vb)},
-                 {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
-                 view(fusion_weight),
-                 view(fusion_bias)},
+                fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
+                               fusion_weight, fusion_bias),
                 logits, mask, iterations, padding);
   args.ratings = view(ratings);
   args.pooled = view(pooled);
@@ -80,57 +78,30 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
                                   Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
                                   OptionalTensor mask, int64_t iterations, int64_t padding,
                                   int64_t needs) {
-  Gradients gradients(source, needs);
-  Tensors19 grads{gradients.next(history),
-                  gradients.next(source),
-                  gradients.next(item),
-                  gradients.next(prototype),
-                  gradients.next(routing_weight),
-                  gradients.next(w1),
-                  gradients.next(b1),
-                  gradients.next(w2),
-                  gradients.next(b2),
-                  gradients.next(fine_kw),
-                  gradients.next(fine_kb),
-                  gradients.next(fine_vw),
-                  gradients.next(fine_vb),
-                  gradients.next(coarse_kw),
-                  gradients.next(coarse_kb),
-                  gradients.next(coarse_vw),
-                  gradients.next(coarse_vb),
-                  gradients.next(fusion_weight),
-                  gradients.next(fusion_bias)};
+  auto grads = gradients_like<19>(
+      {history, source, item, prototype, routing_weight, w1, b1, w2, b2, fine_kw, fine_kb, fine_vw,
+       fine_vb, coarse_kw, coarse_kb, coarse_vw, coarse_vb, fusion_weight, fusion_bias},
+      source, needs);
   cpu::MIMNetArgs args =
       arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
-                {{view(fine_kw), view(fine_vw), view(fine_vb)},
-                 {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
-                 view(fusion_weight),
-                 view(fusion_bias)},
+                fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
+                               fusion_weight, fusion_bias),
                 logits, mask, iterations, padding);
   args.pooled = view(pooled);
   args.transferred = view(transferred);
   args.grad = view(grad);
-  args.grad_history = wanted(std::get<0>(grads), needs, 0);
-  args.grad_source = wanted(std::get<1>(grads), needs, 1);
-  args.grad_item = wanted(std::get<2>(grads), needs, 2);
-  args.grad_prototype = wanted(std::get<3>(grads), needs, 3);
-  args.grad_routing_weight = wanted(std::get<4>(grads), needs, 4);
-  args.grad_w1 = wanted(std::get<5>(grads), needs, 5);
-  args.grad_b1 = wanted(std::get<6>(grads), needs, 6);
-  args.grad_w2 = wanted(std::get<7>(grads), needs, 7);
-  args.grad_b2 = wanted(std::get<8>(grads), needs, 8);
-  args.grad_fusion.fine = {wanted(std::get<9>(grads), needs, 9),
-                           wanted(std::get<11>(grads), needs, 11),
-                           wanted(std::get<12>(grads), needs, 12)};
-  args.grad_fusion.coarse = {wanted(std::get<13>(grads), needs, 13),
-                             wanted(std::get<15>(grads), needs, 15),
-                             wanted(std::get<16>(grads), needs, 16)};
-  args.grad_fusion.weight = wanted(std::get<17>(grads), needs, 17);
-  args.grad_fusion.bias = wanted(std::get<18>(grads), needs, 18);
+  args.grad_history = wanted(grads, needs, 0);
+  args.grad_source = wanted(grads, needs, 1);
+  args.grad_item = wanted(grads, needs, 2);
+  args.grad_prototype = wanted(grads, needs, 3);
+  args.grad_routing_weight = wanted(grads, needs, 4);
+  args.grad_w1 = wanted(grads, needs, 5);
+  args.grad_b1 = wanted(grads, needs, 6);
+  args.grad_w2 = wanted(grads, needs, 7);
+  args.grad_b2 = wanted(grads, needs, 8);
+  args.grad_fusion = fusion_gradients(grads, needs, 9);
   cpu::kernels().mimnet_forward_backward(args);
-  torch::stable::zero_(std::get<10>(grads));  // the softmax does not see the key biases
-  torch::stable::zero_(std::get<14>(grads));
-  return grads;
+  return std::tuple_cat(grads);
 }
 
 }  // namespace mimnet_fast::binding

@@ -41,21 +41,19 @@ Tensors6 target_attention_backward(Tensor grad, OptionalTensor grad_weights, Ten
                                    OptionalTensor key_bias, OptionalTensor value_weight,
                                    OptionalTensor value_bias, OptionalTensor capsule_mask,
                                    double scale, int64_t power, bool hard, int64_t needs) {
-  Gradients gradients(query, needs);
-  Tensors6 grads{gradients.next(query),        gradients.next(interests),
-                 gradients.next(key_weight),   gradients.next(key_bias),
-                 gradients.next(value_weight), gradients.next(value_bias)};
+  const auto grads = gradients_like<6>(
+      {query, interests, key_weight, key_bias, value_weight, value_bias}, query, needs);
   cpu::AttentionArgs args = arguments(query, interests, key_weight, value_weight, value_bias,
                                       capsule_mask, scale, power, hard);
   args.grad = with_candidates(grad, 3);
   if (grad_weights.has_value()) args.grad_coefficients = with_candidates(*grad_weights, 3);
-  if (needs & 1) args.grad_query = with_candidates(std::get<0>(grads), 3);
-  args.grad_interests = wanted(std::get<1>(grads), needs, 1);
-  args.grad_weights = {wanted(std::get<2>(grads), needs, 2), wanted(std::get<4>(grads), needs, 4),
-                       wanted(std::get<5>(grads), needs, 5)};
+  if (needs & 1) args.grad_query = with_candidates(grads[0], 3);
+  args.grad_interests = wanted(grads, needs, 1);
+  args.grad_weights = {wanted(grads, needs, 2), wanted(grads, needs, 4), wanted(grads, needs, 5)};
   cpu::kernels().target_attention_backward(args);
-  torch::stable::zero_(std::get<3>(grads));  // the softmax does not see the key bias
-  return grads;
+  Tensor key_bias_grad = grads[3];
+  torch::stable::zero_(key_bias_grad);  // the softmax does not see the key bias
+  return std::tuple_cat(grads);
 }
 
 }  // namespace mimnet_fast::binding

@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -92,26 +94,41 @@ inline ScalarType saved_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Gradients of a backward op, in the order of its results: like the input where its bit is set in
-// `needs`, else an empty tensor and an empty view.
-class Gradients {
- public:
-  Gradients(const Tensor& like, int64_t needs) : like_(like), needs_(needs) {}
-
-  Tensor next(const std::optional<Tensor>& input) {
-    const bool wanted = (needs_ >> position_++ & 1) && input.has_value();
-    return wanted ? empty(*input, sizes_of(*input)) : empty(like_, {0});
+// Gradients of a backward op: like the input where its bit is set in `needs`, else an empty tensor.
+template <size_t N>
+std::array<Tensor, N> gradients_like(const std::array<std::optional<Tensor>, N>& inputs,
+                                     const Tensor& any, int64_t needs) {
+  std::array<Tensor, N> gradients;
+  for (size_t i = 0; i < N; ++i) {
+    const bool wanted = (needs >> i & 1) && inputs[i].has_value();
+    gradients[i] = wanted ? empty(*inputs[i], sizes_of(*inputs[i])) : empty(any, {0});
   }
+  return gradients;
+}
 
- private:
-  Tensor like_;
-  int64_t needs_;
-  int position_ = 0;
-};
+// The view of gradient i, empty when it is not wanted.
+template <size_t N>
+cpu::View wanted(const std::array<Tensor, N>& gradients, int64_t needs, int i) {
+  return needs >> i & 1 ? view(gradients[i]) : cpu::View{};
+}
 
-// The view of a gradient, empty when it is not wanted.
-inline cpu::View wanted(const Tensor& gradient, int64_t needs, int position) {
-  return needs >> position & 1 ? view(gradient) : cpu::View{};
+inline cpu::FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fine_vw,
+                                         const Tensor& fine_vb, const Tensor& coarse_kw,
+                                         const Tensor& coarse_vw, const Tensor& coarse_vb,
+                                         const Tensor& weight, const Tensor& bias) {
+  return {{view(fine_kw), view(fine_vw), view(fine_vb)},
+          {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
+          view(weight),
+          view(bias)};
+}
+
+// The gradients of both attentions and the gate, in the order of the schemas, starting at `first`.
+// The key biases stay out: the softmax does not see them.
+template <size_t N>
+cpu::FusionWeights fusion_gradients(std::array<Tensor, N>& gradients, int64_t needs, int first) {
+  const auto at = [&](int i) { return wanted(gradients, needs, first + i); };
+  for (const int key_bias : {1, 5}) torch::stable::zero_(gradients[first + key_bias]);
+  return {{at(0), at(2), at(3)}, {at(4), at(6), at(7)}, at(8), at(9)};
 }
 
 inline cpu::Parallel parallel() {
