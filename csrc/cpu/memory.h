@@ -89,7 +89,11 @@ class CallMemory {
   ~CallMemory() { std::free(block_); }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kMost = 0;  // every buffer an allocation of its own, with guarded ends
+#else
   static constexpr size_t kMost = size_t(64) << 20;
+#endif
   char* block_ = nullptr;
   size_t capacity_ = 0, used_ = 0, wanted_ = 0;
   int live_ = 0;
