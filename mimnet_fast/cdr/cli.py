@@ -151,8 +151,9 @@ def train(
         backend=backend,
     )
     names = list(MODELS) if model == "all" else [model]
+    data = Dataset.load(dataset)
     with _progress() as progress:
-        found = run(Dataset.load(dataset), config, names, out, progress)
+        found = run(data, config, names, out, progress)
     if as_json:
         print(json.dumps(found, indent=2))
         return

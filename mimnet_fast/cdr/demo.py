@@ -91,9 +91,9 @@ def _compare_backends(stage1: BaseModels, progress: Progress) -> dict[str, Any]:
     difference = (losses[0] - losses[1]).abs().max().item() if len(losses) == 2 else None
 
     steps: dict[str, float | str] = {}
-    compiled = _stepper(stage1, "reference", compiled=True)
     task = progress.add_task("compile the reference", total=None)
     try:
+        compiled = _stepper(stage1, "reference", compiled=True)
         compiled()
         steppers[_COMPILED] = compiled
     except Exception as error:  # whatever the compiler's absence or failure raises

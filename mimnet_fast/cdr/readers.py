@@ -110,13 +110,10 @@ def _text_rows(path: Path, separator: str) -> pl.DataFrame:
         .otherwise(pl.lit('a quotation mark (") inside a field or without its pair'))
     )
     good = rows.filter(pl.col("reason").is_null())
+    well_formed_text = f"{separator.join(columns)}\n{good['text'].str.join(chr(10)).item()}"
     fields = pl.read_csv(
-        io.BytesIO("\n".join(good["text"]).encode()) if good.height else io.BytesIO(b"\n"),
-        has_header=False,
-        new_columns=columns,
-        schema=dict.fromkeys(columns, pl.String),
-        separator=separator,
-    ).head(good.height)
+        io.BytesIO(well_formed_text.encode()), separator=separator, infer_schema=False
+    )
     return rows.join(
         fields.with_columns(line=good["line"]), on="line", how="left", maintain_order="left"
     )

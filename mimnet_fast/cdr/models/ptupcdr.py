@@ -45,7 +45,8 @@ class PTUPCDR(TransferModel):
         history = embedding(ids, inputs.source_items)
         padding = torch.arange(ids.shape[1]) >= lengths[:, None]
         score = self.score(history).squeeze(-1).masked_fill(padding, -1e8)
-        characteristics = (score.softmax(-1).unsqueeze(1) @ history).squeeze(1)
+        weights = score.softmax(-1).masked_fill(padding, 0)  # an empty history has none at all
+        characteristics = (weights.unsqueeze(1) @ history).squeeze(1)
         transferred = self.bridge(characteristics.unsqueeze(1), inputs.source_users[users])
         ratings: Tensor = (transferred.squeeze(1) * inputs.target_items[items]).sum(-1)
         return ratings

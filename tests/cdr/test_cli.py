@@ -1,0 +1,138 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mimnet_fast.cdr import cli, demo
+from mimnet_fast.cdr.cli import app
+from mimnet_fast.cdr.models import MODELS, TRIVIAL
+from mimnet_fast.cdr.synthetic import Synthetic
+
+QUICK = ["--beta", "0.25", "--base-epochs", "1", "--epochs", "2", "--prototypes", "5"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_prepare_then_train_then_add_a_model(tmp_path: Path) -> None:
+    Synthetic(users=80, items=20, topics=4, interests=2, ratings_per_user=8).generate(tmp_path, 1)
+    data, out = tmp_path / "data", tmp_path / "run"
+    files = ["--source", tmp_path / "source.csv", "--target", tmp_path / "target.csv"]
+
+    result = invoke("prepare", *files, "--out", data)
+    assert result.exit_code == 0, result.output
+    assert "source source.csv: 576 ratings, 72 users" in result.stdout
+    assert "64 users of both domains" in result.stdout
+
+    result = invoke("train", data, "--model", "ptupcdr", "--out", out, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "PTUPCDR" in result.stdout
+
+    refused = invoke("train", data, "--model", "mimnet", "--out", out, *QUICK)
+    assert refused.exit_code == 2
+    assert "is not empty: go on with --resume" in refused.stderr
+
+    result = invoke("train", data, "--model", "all", "--out", out, *QUICK, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found == json.loads((out / "results.json").read_text())
+    assert set(found["models"]) == {*TRIVIAL, *MODELS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beta", "1.5"], "beta: got 1.5"),
+        (["--epochs", "0"], "epochs: got 0, need a number above 0"),
+        (["--seed", "-1"], "seed: got -1"),
+        (["--prototypes", "41", "--base-epochs", "1"], "prototypes: got 41 for 40 target items"),
+        (
+            ["--backend", "triton", "--base-epochs", "1", "--prototypes", "5"],
+            "'triton' cannot serve",
+        ),
+        (["--history-order", "time"], "has no timestamp column"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(
+    prepared: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = invoke("train", prepared, "--out", tmp_path / "run", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.count("error: ") == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = invoke("--debug", "train", tmp_path, "--out", tmp_path / "run")
+    assert type(result.exception).__name__ == "UserError"
+
+
+def test_malformed_rows_are_told_or_listed(tmp_path: Path) -> None:
+    source, target = tmp_path / "s.csv", tmp_path / "t.csv"
+    source.write_text("user_id,item_id,rating\n1,a,4\n1,b\n")
+    target.write_text("user_id,item_id,rating\n1,a,4\n")
+    arguments = ["prepare", "--source", source, "--target", target, "--out", tmp_path / "d"]
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert f"error: {source}, line 3: 2 columns, need 3" in result.stderr
+    assert not (tmp_path / "d").exists()
+    result = invoke(*arguments, "--on-error", "skip")
+    assert result.exit_code == 0
+    assert "1 malformed rows left out" in result.stdout
+    assert f"rows left out are listed in {tmp_path / 'd' / 'skipped.csv'}" in result.stdout
+    assert json.loads(
+        invoke(*arguments[:-1], tmp_path / "e", "--on-error", "skip", "--json").stdout
+    )
+
+
+def test_info_is_the_installation_report() -> None:
+    assert "versions" in json.loads(invoke("info", "--json").stdout)
+    assert "versions:" in invoke("info").stdout
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "from mimnet_fast.cdr.cli import main; main()"]
+    helped = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    assert all(command in helped.stdout for command in ("prepare", "train", "demo", "info"))
+    failed = subprocess.run(
+        [*program, "train", tmp_path, "--out", tmp_path / "run"], capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith(f"error: {tmp_path} is no prepared dataset")
+
+
+@pytest.mark.slow
+def test_demo_learns_the_planted_interests(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = invoke("demo", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    mae = {name: model["honest"]["mae"] for name, model in found["results"]["models"].items()}
+    assert mae["oracle"] < mae["mimnet"] < mae["ptupcdr"] < mae["tgt"]
+    assert all(mae["ptupcdr"] < mae[name] for name in TRIVIAL)
+    assert set(found["steps"]) >= {"reference", "torch.compile(reference)"}
+
+
+def test_demo_without_kernels_or_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler found\nlong explanation")
+
+    monkeypatch.setattr(demo.torch, "compile", no_compiler)
+    monkeypatch.setattr(
+        demo.backends, "available", lambda device: {"native": "not built", "reference": None}
+    )
+    monkeypatch.setattr(demo, "BASE_EPOCHS", 1)
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    small = Synthetic(users=150, items=110, topics=4, interests=2, ratings_per_user=10)
+    monkeypatch.setattr(cli, "Synthetic", lambda: small)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert "not available: no C++ compiler found" in result.stdout
+    assert "no compiled kernels here" in result.stdout
+    assert "oracle" in result.stdout

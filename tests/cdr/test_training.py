@@ -1,0 +1,196 @@
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from mimnet_fast.cdr import checkpoints, experiment
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.dataset import Dataset, Ratings
+from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.evaluation import Errors
+from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.models import MODELS, TRIVIAL, MatrixFactorization
+from mimnet_fast.cdr.training import Schedule, fit, seeded_generator, seeded_module
+
+QUIET = Progress(disable=True)
+
+
+class _KilledError(BaseException):
+    """What a killed process looks like from inside: nothing catches it."""
+
+
+class _KillingProgress(Progress):
+    """Ends the process, in a manner of speaking, at its n-th update."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__(disable=True)
+        self.left = updates
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise _KilledError
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    folder = tmp_path_factory.mktemp("finished")
+    config = Config(
+        beta=0.25, seed=7, base_epochs=2, base_batch_size=64, epochs=3, batch_size=64, prototypes=6
+    )
+    run(dataset, config, MODELS, folder, QUIET)
+    return folder, config
+
+
+@pytest.mark.parametrize("updates", [0, 3, 7, 11, 13, 16, 20])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    dataset: Dataset, finished: tuple[Path, Config], tmp_path: Path, updates: int
+) -> None:
+    expected, config = finished
+    with pytest.raises(_KilledError):
+        run(dataset, config, MODELS, tmp_path, _KillingProgress(updates))
+    run(dataset, config, MODELS, tmp_path, QUIET)
+    assert files(tmp_path) == files(expected)
+
+
+def test_models_added_later_share_the_base_models(
+    dataset: Dataset,
+    finished: tuple[Path, Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, config = finished
+    trained = []
+
+    def counting_fit(*args: Any, **kwargs: Any) -> Any:
+        trained.append(kwargs["identity"]["name"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(experiment, "fit", counting_fit)
+    for name in MODELS:
+        run(dataset, config, [name], tmp_path, QUIET)
+    assert files(tmp_path) == files(expected)
+    before = files(tmp_path)
+    again = run(dataset, config, ["tgt"], tmp_path, QUIET)
+    assert list(again["models"]) == [*TRIVIAL, *MODELS]
+    assert files(tmp_path) == before
+
+
+def test_results_say_what_was_selected(finished: tuple[Path, Config]) -> None:
+    folder, _ = finished
+    found = json.loads((folder / "results.json").read_text())
+    for name in MODELS:
+        model = found["models"][name]
+        for metric in ("mae", "rmse"):
+            final = [epoch[metric] for epoch in model["curves"]["final"]]
+            selection = [epoch[metric] for epoch in model["curves"]["selection"]]
+            assert model["published"][metric] == min(final)
+            chosen = selection.index(min(selection))
+            assert model["honest"][metric] == final[chosen]
+            assert model["honest"][f"{metric}_epoch"] == chosen + 1
+        line = next(
+            row for row in (folder / "results.md").read_text().splitlines() if model["title"] in row
+        )
+        assert f"{model['honest']['mae']:.4f} @{model['honest']['mae_epoch']}" in line
+    assert set(found["models"]) == {*TRIVIAL, *MODELS}
+
+
+def test_kept_weights_are_those_of_the_honest_epoch(
+    dataset: Dataset, finished: tuple[Path, Config]
+) -> None:
+    folder, config = finished
+    stage1 = experiment.BaseModels(dataset, config, folder, QUIET)
+    honest = json.loads((folder / "results.json").read_text())["models"]["mimnet"]["honest"]
+    build = MODELS["mimnet"].build
+    assert build is not None
+    model = build(config)
+    model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
+    inputs = stage1.frozen("final", prototypes=True)
+    found = experiment.evaluate(partial(model, inputs), stage1.split.final.evaluation)
+    assert found.mae == honest["mae"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 0.5}, r"source\.safetensors was trained with beta = 0.25 \(now 0.5\)"),
+        ({"seed": 8}, r"seed = 7 \(now 8\)"),
+        ({"interests": 2}, r"mimnet\.safetensors was trained with interests = 7 \(now 2\)"),
+        ({"epochs": 9}, r"epochs = 3 \(now 9\)"),
+    ],
+)
+def test_other_settings_are_refused(
+    dataset: Dataset, finished: tuple[Path, Config], change: dict[str, Any], message: str
+) -> None:
+    folder, config = finished
+    before = files(folder)
+    with pytest.raises(UserError, match=message):
+        run(dataset, Config(**{**vars(config), **change}), ["mimnet"], folder, QUIET)
+    assert files(folder) == before
+
+
+def small_fit(folder: Path, *, learning_rate: float = 0.01) -> None:
+    model = seeded_module(lambda: MatrixFactorization(4, 5, 3), 1, "x")
+    ratings = Ratings(torch.arange(40) % 4, torch.arange(40) % 5, torch.arange(40) % 3 + 1.0)
+    fit(
+        model,
+        model,
+        ratings,
+        Schedule(2, 8, learning_rate),
+        generator=seeded_generator(1, "x"),
+        evaluate=lambda: Errors(0, 0),
+        checkpoint=folder / "x.safetensors",
+        identity={"name": "x"},
+        progress=QUIET,
+    )
+
+
+def test_loss_that_is_not_finite_stops_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x: the loss became (inf|nan) in batch \d of epoch 1"):
+        small_fit(tmp_path, learning_rate=1e30)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: b"x" * 99]
+)
+def test_damaged_checkpoint_is_refused(tmp_path: Path, damage: Any) -> None:
+    small_fit(tmp_path)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        UserError, match=r"x\.safetensors: no checkpoint of mimnet_fast, or damaged"
+    ):
+        small_fit(tmp_path)
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7), "c": torch.zeros(0)}
+    checkpoints.save(tmp_path / "c.safetensors", tensors, {"epochs": [1, 2]})
+    loaded, record = checkpoints.load(tmp_path / "c.safetensors")
+    assert record == {"epochs": [1, 2]}
+    assert all(loaded[name].equal(tensor) for name, tensor in tensors.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_random_streams_depend_on_seed_and_name() -> None:
+    def draw(seed: int, stream: str) -> float:
+        return torch.rand((), generator=seeded_generator(seed, stream)).item()
+
+    assert draw(1, "a") == draw(1, "a")
+    assert len({draw(1, "a"), draw(1, "b"), draw(2, "a"), draw(0, "")}) == 4
+    state = torch.get_rng_state()
+    seeded_module(lambda: torch.nn.Linear(2, 2), 1, "a")
+    assert torch.get_rng_state().equal(state)
