@@ -8,7 +8,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -32,18 +31,22 @@ struct LaneTypes;
 template <>
 struct LaneTypes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr DType dtype = DType::float32;
 };
 template <>
 struct LaneTypes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   static constexpr DType dtype = DType::float64;
 };
 
 template <class T>
 using Vec = typename LaneTypes<T>::Vec;
+template <class T>
+using Unaligned = typename LaneTypes<T>::Unaligned;
 template <class T>
 using Int = typename LaneTypes<T>::Int;
 template <class T>
@@ -254,7 +257,7 @@ void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t cou
           __builtin_prefetch(rows[w] + e +
                              8 * n);  // one stream per user is more than the CPU foresees
           if (width == n) {
-            std::memcpy(&block[w], rows[w] + e, sizeof(Vec<T>));
+            block[w] = *reinterpret_cast<const Unaligned<T>*>(rows[w] + e);
           } else {
             block[w] = load_partial(rows[w] + e, width);
           }
@@ -286,7 +289,7 @@ void store_lanes_to(const Vec<T>* lanes, S* const* rows, int users, int64_t coun
         transpose<T>(block);
         for (int w = 0; w < users; ++w) {
           if (width == n) {
-            std::memcpy(rows[w] + e, &block[w], sizeof(Vec<T>));
+            *reinterpret_cast<Unaligned<T>*>(rows[w] + e) = block[w];
           } else {
             store_partial(rows[w] + e, block[w], width);
           }

@@ -171,7 +171,7 @@ void backward(const MIMNetArgs& args) {
       }
       for (int64_t i = 0; i < groups * k * d; ++i) transferred_grad[i] = Vec<T>{};
       fuse_backward<T>(p.fusion, fusion, item_grad, prototype_grad, transferred_grad, user_grad,
-                       nullptr, item, prototype, transferred, groups);
+                       nullptr, transferred, groups);
       bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
                          transferred_grad, interests, source, p.blocks, block, bridge_rows,
                          scratch);

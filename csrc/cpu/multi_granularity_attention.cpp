@@ -26,8 +26,7 @@ void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const V
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
                    Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
-                   const Vec<T>* gate_grad, const Vec<T>* item, const Vec<T>* prototype,
-                   const Vec<T>* interests, int64_t groups) {
+                   const Vec<T>* gate_grad, const Vec<T>* interests, int64_t groups) {
   const int64_t d = p.fine.d;
   for (int64_t g = 0; g < groups; ++g) {
     const Vec<T> gate = s.gate[g];
@@ -121,7 +120,7 @@ void backward(const MultiGranularityArgs& args) {
         }
         fuse<T>(p, s, item, prototype, interests, groups);
         fuse_backward<T>(p, s, item_grad, prototype_grad, interests_grad, out_grad,
-                         args.grad_gate ? gate_grad : nullptr, item, prototype, interests, groups);
+                         args.grad_gate ? gate_grad : nullptr, interests, groups);
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
           rows.save(p, s, item, prototype, g, group, candidates, c);
@@ -156,8 +155,7 @@ void multi_granularity_attention_backward(const MultiGranularityArgs& args) {
   template void fuse<T>(const FusionPlan<T>&, FusionState<T>&, const Vec<T>*, const Vec<T>*,       \
                         const Vec<T>*, int64_t);                                                   \
   template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*, Vec<T>*, \
-                                 const Vec<T>*, const Vec<T>*, const Vec<T>*, const Vec<T>*,       \
-                                 const Vec<T>*, int64_t);
+                                 const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -57,8 +57,7 @@ void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const V
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
                    Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
-                   const Vec<T>* gate_grad, const Vec<T>* item, const Vec<T>* prototype,
-                   const Vec<T>* interests, int64_t groups);
+                   const Vec<T>* gate_grad, const Vec<T>* interests, int64_t groups);
 
 // What the gradients of the parameters need from every candidate.
 template <class T>
