@@ -80,6 +80,15 @@ def test_existing_folder_is_not_replaced(tmp_path: Path) -> None:
     assert (paths[2] / "dataset.json").read_bytes() == before
 
 
+def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:
+    paths = files(tmp_path, "1,x,1\n", "1,x,1\n")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "old.parquet").write_text("half")
+    prepare(*paths)
+    assert not (paths[2] / "old.parquet").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
 def test_same_ratings_give_the_same_fingerprint(tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "copy")
     assert Dataset.load(tmp_path / "copy").fingerprint == Dataset.load(prepared).fingerprint

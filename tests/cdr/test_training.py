@@ -48,7 +48,14 @@ def files(folder: Path) -> dict[str, bytes]:
 def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     folder = tmp_path_factory.mktemp("finished")
     config = Config(
-        beta=0.25, seed=7, base_epochs=2, base_batch_size=64, epochs=3, batch_size=64, prototypes=6
+        beta=0.25,
+        seed=2,
+        learning_rate=0.2,
+        base_epochs=2,
+        base_batch_size=64,
+        epochs=5,
+        batch_size=64,
+        prototypes=6,
     )
     run(dataset, config, MODELS, folder, QUIET)
     return folder, config
@@ -113,6 +120,7 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     folder, config = finished
     stage1 = experiment.BaseModels(dataset, config, folder, QUIET)
     honest = json.loads((folder / "results.json").read_text())["models"]["mimnet"]["honest"]
+    assert honest["mae_epoch"] != config.epochs, "the last epoch's weights would pass as well"
     build = MODELS["mimnet"].build
     assert build is not None
     model = build(config)
@@ -126,9 +134,9 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     ("change", "message"),
     [
         ({"beta": 0.5}, r"source\.safetensors was trained with beta = 0.25 \(now 0.5\)"),
-        ({"seed": 8}, r"seed = 7 \(now 8\)"),
+        ({"seed": 8}, r"seed = 2 \(now 8\)"),
         ({"interests": 2}, r"mimnet\.safetensors was trained with interests = 7 \(now 2\)"),
-        ({"epochs": 9}, r"epochs = 3 \(now 9\)"),
+        ({"epochs": 9}, r"epochs = 5 \(now 9\)"),
     ],
 )
 def test_other_settings_are_refused(
