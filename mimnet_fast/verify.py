@@ -14,8 +14,9 @@ _OUTPUT_FACTOR, _GRADIENT_FACTOR = 2.0, 3.0
 # ... and this many units of rounding further, for results that plain PyTorch happens to hit.
 _ULPS = 4
 # Runs of the reference on inputs moved by two units of rounding: where routing is nearly tied, how
-# far a single run of anything ends from the exact result is luck.
-_JITTERED_RUNS = 8
+# far a single run of anything ends from the exact result is luck. Many runs before a verdict of
+# too far, few otherwise.
+_JITTERED_RUNS = (8, 64)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the tensor is close enough."""
-        return self.error <= self.allowed
+        """Whether the tensor is close enough; never where one of the two is not finite."""
+        return self.error <= self.allowed < float("inf")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ def _replace(value: Any, leaves: dict[int, Tensor]) -> Any:
     return value
 
 
+_Run = list[tuple[str, Tensor]]
+"""Outputs, then gradients, by name."""
+
+
 def _run(
     op: Callable[..., Any],
     args: tuple[Any, ...],
@@ -85,7 +90,7 @@ def _run(
     backend: str,
     dtype: torch.dtype | None = None,
     jitter: int = 0,
-) -> list[tuple[str, Tensor]]:
+) -> _Run:
     """Outputs and the gradients of all floating inputs, for one fixed random output gradient.
 
     A ``jitter`` seeds a change of every input by up to two units of (at most float32) rounding.
@@ -116,18 +121,42 @@ def _run(
         for _, out in outputs
     ]
     wanted = [(name, leaf) for name, leaf in unique.values() if leaf.requires_grad]
-    grads = torch.autograd.grad(
-        [out for _, out in outputs], [leaf for _, leaf in wanted], directions, allow_unused=True
-    )
-    named = [
-        (f"grad of {name}", torch.zeros_like(leaf) if grad is None else grad)
-        for (name, leaf), grad in zip(wanted, grads, strict=True)
+    # Hard attention weights, for one, are constants.
+    pairs = [
+        (out, grad) for (_, out), grad in zip(outputs, directions, strict=True) if out.requires_grad
     ]
+    grads = torch.autograd.grad(
+        [out for out, _ in pairs],
+        [leaf for _, leaf in wanted],
+        [grad for _, grad in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    named = [(f"grad of {name}", grad) for (name, _), grad in zip(wanted, grads, strict=True)]
     return [(name, out.detach()) for name, out in outputs] + named
 
 
 def _rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+def _differences(
+    fast: _Run, oracle: _Run, plain: list[_Run], single: _Run, is_double: bool
+) -> tuple[Difference, ...]:
+    differences = []
+    for i, ((label, mine), (_, exact)) in enumerate(zip(fast, oracle, strict=True)):
+        rounding = torch.finfo(mine.dtype).eps * _rms(exact)
+        factor = _GRADIENT_FACTOR if label.startswith("grad") else _OUTPUT_FACTOR
+        error = _rms(mine - exact)
+        reference_error = max(_rms(run[i][1] - exact) for run in plain)
+        if is_double:
+            # The oracle rounds as the call does, so what cancels in both shows only in float32.
+            scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            reference_error = max(reference_error, scale * _rms(single[i][1] - exact))
+        error = error if torch.isfinite(mine).all() else float("inf")
+        allowed = factor * reference_error + _ULPS * rounding
+        differences.append(Difference(label, tuple(mine.shape), error, reference_error, allowed))
+    return tuple(differences)
 
 
 def verify(
@@ -162,21 +191,13 @@ def verify(
         raise TypeError(f"op: got {name!r}, need a function of mimnet_fast.ops")
     fast = _run(op, args, kwargs, backend)
     oracle = _run(op, args, kwargs, "reference", torch.float64)
-    plain = [_run(op, args, kwargs, "reference", jitter=i) for i in range(1 + _JITTERED_RUNS)]
     is_double = fast[0][1].dtype is torch.float64
     single = _run(op, args, kwargs, "reference", torch.float32) if is_double else oracle
-    differences = []
-    for i, ((label, mine), (_, exact)) in enumerate(zip(fast, oracle, strict=True)):
-        rounding = torch.finfo(mine.dtype).eps * _rms(exact)
-        factor = _GRADIENT_FACTOR if label.startswith("grad") else _OUTPUT_FACTOR
-        error = _rms(mine - exact)
-        reference_error = max(_rms(run[i][1] - exact) for run in plain)
-        if is_double:
-            # The oracle rounds as the call does, so what cancels in both shows only in float32.
-            scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-            reference_error = max(reference_error, scale * _rms(single[i][1] - exact))
-        # Not finite is never close.
-        error = error if torch.isfinite(mine).all() else float("inf")
-        allowed = factor * reference_error + _ULPS * rounding
-        differences.append(Difference(label, tuple(mine.shape), error, reference_error, allowed))
-    return Verification(name, backend, tuple(differences))
+    plain = [_run(op, args, kwargs, "reference")]
+    for runs in _JITTERED_RUNS:
+        seeds = range(len(plain), 1 + runs)
+        plain += [_run(op, args, kwargs, "reference", jitter=seed) for seed in seeds]
+        found = Verification(name, backend, _differences(fast, oracle, plain, single, is_double))
+        if found:
+            break
+    return found

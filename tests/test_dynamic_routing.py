@@ -1,0 +1,326 @@
+"""The dynamic routing op: every option and shape against the reference, and what the options mean."""
+
+import itertools
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    SINGLE_AND_HALF,
+    WEIGHTS,
+    dtype_id,
+    routing_call,
+    shape_id,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimnet_fast import BackendUnavailable, ops
+from mimnet_fast._options import GRADIENTS, PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES
+
+SHAPES = [
+    {"b": 33, "l": 20, "k": 7, "d_in": 10, "d": 10},
+    {"b": 1, "l": 1, "k": 1, "d_in": 1, "d": 1},
+    {"b": 0, "l": 5, "k": 3, "d_in": 4, "d": 4},
+    {"b": 2, "l": 1, "k": 5, "d_in": 7, "d": 3},
+    {"b": 17, "l": 9, "k": 1, "d_in": 3, "d": 8},
+    {"b": 1, "l": 50, "k": 4, "d_in": 64, "d": 64},
+    {"b": 16, "l": 3, "k": 9, "d_in": 33, "d": 33},
+    {"b": 65, "l": 4, "k": 2, "d_in": 16, "d": 33},
+]
+HISTORIES = [
+    ("all", "zero_after"),
+    *itertools.product(("mask", "lengths"), PADDINGS),
+]
+OPTIONS = [
+    {"iterations": 1},
+    {"iterations": 2},
+    {"iterations": 5},
+    {"logits": None},
+    {"logits": "one"},
+    {"inner_squash": False},
+    {"final_squash": False},
+    {"temperature": 3.0},
+    {"temperature": 0.5, "softmax_over": "inputs"},
+    {"absent_capsules": True},
+    {"absent_capsules": True, "softmax_over": "inputs", "history": "mask", "padding": "ignore"},
+    {"absent_capsules": True, "history": "lengths", "padding": "fill_before"},
+    {"squash": "pow_clamp", "power": 0.2},
+    {"eps": 0.1},
+    *({"squash": form} for form in SQUASH_FORMS[1:]),
+]
+
+
+def option_id(options):
+    return "-".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.mark.parametrize(("history", "padding"), HISTORIES)
+@pytest.mark.parametrize("softmax_over", SOFTMAX_AXES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
+def test_weights_and_paddings(backend, dtype, weight, softmax_over, history, padding):
+    routing_call(
+        weight=weight, softmax_over=softmax_over, history=history, padding=padding, dtype=dtype
+    ).verify(backend)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_shapes(backend, dtype, weight, shape):
+    routing_call(weight=weight, history="mask", dtype=dtype, **shape).verify(backend)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
+def test_options(backend, dtype, weight, options):
+    routing_call(weight=weight, dtype=dtype, **options).verify(backend)
+
+
+@st.composite
+def calls(draw):
+    """Any combination of shapes and options that a kernel serves."""
+    form = draw(st.sampled_from(SQUASH_FORMS))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return routing_call(
+        b=draw(st.integers(0, 40)),
+        l=draw(st.integers(1, 24)),
+        k=draw(st.integers(1, 9)),
+        d_in=draw(st.integers(1, 20)),
+        d=draw(st.integers(1, 20)),
+        weight=draw(st.sampled_from(WEIGHTS)),
+        logits=draw(st.sampled_from((None, "one", "batch"))),
+        history=draw(st.sampled_from(("all", "mask", "lengths"))),
+        absent_capsules=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        iterations=draw(st.integers(1, 4)),
+        softmax_over=draw(st.sampled_from(SOFTMAX_AXES)),
+        padding=draw(st.sampled_from(PADDINGS)),
+        inner_squash=draw(st.booleans()),
+        final_squash=draw(st.booleans()),
+        temperature=draw(st.sampled_from((0.7, 1.0, 2.0))),
+        squash=form,
+        power=0.5 if form == "pow_clamp" else 1.0,
+    )
+
+
+@pytest.mark.slow
+def test_combinations(backend):
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(calls())
+    def check(call):
+        call.verify(backend)
+
+    check()
+
+
+MUTATIONS = {
+    "softmax_over": {"softmax_over": "inputs"},
+    "padding": {"padding": "fill_before"},
+    "padding ignore over inputs": {"padding": "ignore", "softmax_over": "inputs"},
+    "iterations": {"iterations": 2},
+    "one iteration more": {"iterations": 4},
+    "inner_squash": {"inner_squash": False},
+    "final_squash": {"final_squash": False},
+    "temperature": {"temperature": 2.0},
+    "form": {"squash": "norm_plus_eps", "eps": 1.0},
+    "eps": {"eps": 1.0},
+    "no mask": {"mask": None},
+    "lengths for mask": {"mask": None, "lengths": torch.tensor([0, 6, 3, 2, 1])},
+    "capsule_mask": {"capsule_mask": torch.tensor([[True, False, True]]).repeat(5, 1)},
+}
+REFERENCE_MUTATIONS = {
+    "update replace": {"update": "replace"},
+    "update coupling": {"update": "coupling"},
+    "normalize_agreement": {"normalize_agreement": True},
+}
+
+
+def changed(call, backend, options):
+    """Largest change of a capsule for clearly different couplings."""
+    return (call(backend=backend) - call(backend=backend, **options)).abs().max()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("weight", WEIGHTS[1:])
+def test_every_option_counts(backend, weight, mutation):
+    """With short vectors, so that the squash is far from 1."""
+    call = routing_call(weight=weight, history="mask", dtype=torch.float64)
+    call = call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+    assert changed(call, backend, MUTATIONS[mutation]) > 1e-2
+
+
+def test_padding_ignore_differs_from_zero_after_only_over_inputs(backend):
+    """Over the capsules a padded position has a softmax of its own, so both are one function."""
+    for axis, differs in (("capsules", False), ("inputs", True)):
+        call = routing_call(history="mask", dtype=torch.float64, softmax_over=axis)
+        distance = changed(call, backend, {"padding": "ignore"})
+        assert distance > 1e-2 if differs else distance < 1e-12
+
+
+@pytest.mark.parametrize("mutation", REFERENCE_MUTATIONS)
+def test_every_option_of_the_reference_counts(mutation):
+    call = routing_call(weight="per_position", history="mask", dtype=torch.float64)
+    call = call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+    assert changed(call, "auto", REFERENCE_MUTATIONS[mutation]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"update": update} for update in UPDATES[1:]),
+        {"gradient": "full"},
+        {"normalize_agreement": True},
+        {"weight": "per_position"},
+    ],
+    ids=option_id,
+)
+def test_what_no_kernel_offers_falls_back_or_says_so(backend, options):
+    call = routing_call(**options)
+    for mine, other in zip(
+        call.gradients(backend="auto"), call.gradients(backend="reference"), strict=True
+    ):
+        assert torch.equal(mine, other)
+    with pytest.raises(BackendUnavailable, match="no kernel yet"):
+        call(backend=backend)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("softmax_over", SOFTMAX_AXES)
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_users_without_items(name, softmax_over, padding):
+    """Capsules 0 and gradients 0, except where the filled logits leave the coupling 1/K or 1/L."""
+    call = routing_call(
+        lengths=torch.zeros(5, dtype=torch.int64), softmax_over=softmax_over, padding=padding
+    )
+    found = call.gradients(backend=name)
+    assert all(tensor.isfinite().all() for tensor in found)
+    if padding != "fill_before":
+        assert all(not tensor.any() for tensor in found)
+    else:
+        inputs, weight, _ = call.args
+        share = 1 / (3 if softmax_over == "capsules" else inputs.shape[1])
+        expected = ops.squash((share * inputs).sum(1) @ weight)[:, None].expand(-1, 3, -1)
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_absent_capsules_and_zero_histories(name, weight):
+    call = routing_call(
+        weight=weight, capsule_mask=torch.tensor([[False] * 3, [True] * 3, [True, False, True]] * 2),
+        b=6, d=4,
+    )  # fmt: skip
+    inputs = call.args[0]
+    inputs[1] = 0
+    capsules, grad, *others = call.gradients(backend=name)
+    assert all(tensor.isfinite().all() for tensor in (capsules, grad, *others))
+    assert not capsules[0].any()
+    assert not grad[0].any()
+    assert not capsules[1].any()
+    assert not capsules[2, 1].any()
+    assert capsules[2, 0].any()
+
+
+def test_lengths_are_a_mask(backend):
+    call = routing_call(history="lengths", softmax_over="inputs")
+    lengths = call.options["lengths"]
+    mask = torch.arange(call.args[0].shape[1]) < lengths[:, None]
+    expected = call(backend=backend, lengths=None, mask=mask)
+    for dtype in (torch.int32, torch.int64):
+        assert torch.equal(call(backend=backend, lengths=lengths.to(dtype)), expected)
+
+
+def test_padding_content_does_not_matter(backend):
+    """Padded positions hold whatever the pad id maps to; only fill_before looks at it."""
+    for padding, axis in itertools.product(("zero_after", "ignore"), SOFTMAX_AXES):
+        if (padding, axis) == ("zero_after", "inputs"):
+            continue  # there a padded position keeps its share of the softmax
+        call = routing_call(history="mask", padding=padding, softmax_over=axis)
+        other = call.with_tensors([t.clone() for t in call.tensors()])
+        other.args[0][~call.options["mask"]] = 7.0
+        assert torch.equal(call(backend=backend), other(backend=backend))
+
+
+def test_logits_are_shared_by_the_batch_or_not(backend):
+    call = routing_call(logits="one")
+    inputs, weight, logits = call.args
+    each = ops.dynamic_routing(inputs, weight, logits.repeat(5, 1, 1), backend=backend)
+    assert torch.equal(call(backend=backend), each)
+    none = ops.dynamic_routing(inputs, weight, num_capsules=3, backend=backend)
+    zeros = ops.dynamic_routing(inputs, weight, torch.zeros(1, 3, 6), backend=backend)
+    assert torch.equal(none, zeros)
+
+
+def test_votes_are_inputs_times_the_weight(backend):
+    call = routing_call(weight="per_capsule", history="mask", dtype=torch.float64)
+    inputs, weight, logits = call.args
+    votes = torch.einsum("bli,kid->bkld", inputs, weight)
+    found = ops.dynamic_routing(votes, None, logits, **call.options, backend=backend)
+    torch.testing.assert_close(found, call(backend=backend), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_last_pass_gradient(backend, weight):
+    """Couplings are constants: the gradient of squash(sum of coupled votes) by itself."""
+    call = routing_call(weight=weight, iterations=3, history="mask", dtype=torch.float64)
+    inputs, matrix, logits = call.args
+    with torch.no_grad():
+        _, coupling, _ = torch.ops.mimnet_fast.dynamic_routing(
+            inputs, matrix, logits, call.options["mask"], None,
+            3, 3, 0, 0, True, True, 1.0, 0, 1e-8, 1.0,
+        )  # fmt: skip
+    leaves = [t.clone().requires_grad_() for t in (inputs, matrix) if t is not None]
+    x = leaves[0] if weight == "votes" else leaves[0][:, None]
+    if weight == "shared":
+        x = x @ leaves[1]
+    if weight == "per_capsule":
+        x = torch.einsum("bli,kid->bkld", leaves[0], leaves[1])
+    capsules = ops.squash((coupling[..., None] * x).sum(2), backend="reference")
+    directions = torch.randn(capsules.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(capsules, leaves, directions.double())
+    found = call.gradients(backend=backend)
+    torch.testing.assert_close(found[0], capsules.detach(), rtol=1e-9, atol=1e-12)
+    for mine, other in zip(found[1:], expected, strict=False):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    assert not found[-1].any(), "logits are constants"
+
+
+@pytest.mark.parametrize("mode", GRADIENTS)
+def test_gradient_modes_differ(mode):
+    call = routing_call(dtype=torch.float64, gradient=mode).map(lambda t: t / 5)
+    last = call.gradients(backend="reference", gradient="last")
+    found = call.gradients(backend="auto")
+    differs = [(a - b).abs().max() > 1e-3 for a, b in zip(found, last, strict=True)]
+    assert differs == [False, *[mode == "full"] * 3]
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed(backend):
+    call = routing_call(weight="per_capsule")
+    for wanted in ((True, False), (False, True)):
+        inputs, weight, logits = call.args
+        tensors = [
+            t.clone().requires_grad_(w) for t, w in zip((inputs, weight), wanted, strict=True)
+        ]
+        ops.dynamic_routing(*tensors, logits, backend=backend).sum().backward()
+        assert [t.grad is not None for t in tensors] == list(wanted)
+    # logits are constants: they need no gradient and get none
+    logits = call.args[2].clone().requires_grad_()
+    assert not ops.dynamic_routing(*call.args[:2], logits, backend=backend).requires_grad
+
+
+def test_large_history_and_batch(backend):
+    """More users than a block of lanes, more positions than fit a cache line."""
+    for weight in WEIGHTS:
+        routing_call(b=130, l=200, k=3, d_in=5, d=5, weight=weight, history="lengths").verify(
+            backend
+        )
+
+
+def test_random_numbers_are_never_drawn(backend):
+    call = routing_call()
+    state = torch.get_rng_state()
+    call(backend=backend)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,144 @@
+"""The whole second stage of MIMNet as one op."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, SINGLE_AND_HALF, Call, dtype_id, mimnet_call, shape_id
+
+from mimnet_fast import BackendUnavailable, ops
+from mimnet_fast._options import PADDINGS
+
+SHAPES = [
+    {"b": 33, "l": 20, "k": 7, "d": 10, "h": 50},
+    {"b": 1, "l": 1, "k": 1, "d": 1, "h": 1},
+    {"b": 0, "l": 5, "k": 3, "d": 4, "h": 4},
+    {"b": 17, "l": 1, "k": 5, "d": 3, "h": 9},
+    {"b": 2, "l": 9, "k": 1, "d": 8, "h": 13},
+    {"b": 16, "l": 3, "k": 9, "d": 33, "h": 21},
+    {"b": 1, "l": 30, "k": 4, "d": 64, "h": 64},
+    {"b": 130, "l": 4, "k": 2, "d": 5, "h": 7},
+]
+IDS = [None, torch.int64, torch.int32]
+
+
+def ids_id(dtype):
+    return "embedded" if dtype is None else dtype_id(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("ids", IDS, ids=ids_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_shapes(backend, dtype, ids, shape):
+    mimnet_call(ids=ids, history="lengths", dtype=dtype, **shape).verify(backend)
+
+
+@pytest.mark.parametrize(
+    ("history", "padding"),
+    [("all", "zero_after"), *itertools.product(("mask", "lengths"), PADDINGS)],
+)
+@pytest.mark.parametrize("ids", IDS[:2], ids=ids_id)
+@pytest.mark.parametrize("one_logits", [False, True], ids=["logits", "one_logits"])
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
+def test_paddings(backend, dtype, one_logits, ids, history, padding):
+    mimnet_call(
+        history=history, padding=padding, ids=ids, one_logits=one_logits, dtype=dtype
+    ).verify(backend)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("bias_dims", [0, 1], ids=["scalar_bias", "vector_bias"])
+def test_iterations(backend, bias_dims, iterations):
+    mimnet_call(history="mask", iterations=iterations, bias_dims=bias_dims).verify(backend)
+
+
+@pytest.mark.parametrize("ids", IDS[:2], ids=ids_id)
+def test_is_its_parts(backend, ids):
+    call = mimnet_call(history="mask", ids=ids, dtype=torch.float64)
+    history, source, item, prototype, p, logits = call.args
+    mask = call.options["mask"]
+    if ids is not None:
+        history = call.options["table"][history]
+    interests = ops.dynamic_routing(history, p.routing_weight, logits, mask=mask, backend=backend)
+    transferred = ops.interest_bridge(interests, source, p.w1, p.b1, p.w2, p.b2, backend=backend)
+    user = ops.multi_granularity_attention(
+        item, prototype, transferred, p.fine, p.coarse, p.fusion_weight, p.fusion_bias,
+        backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(call(backend=backend), (user * item).sum(-1), rtol=1e-9, atol=1e-12)
+
+
+def test_every_argument_counts(backend):
+    call = mimnet_call(history="mask", dtype=torch.float64, iterations=2)
+    expected = call(backend=backend)
+    cancel = {"fine key_bias": 10, "coarse key_bias": 14}.values()
+    for i, tensor in enumerate(call.tensors()):
+        tensors = call.tensors()
+        if tensor.dtype is torch.bool:
+            tensors[i] = ~tensor
+        else:
+            tensors[i] = tensor + torch.randn_like(tensor) * tensor.abs().max()
+        distance = (call.with_tensors(tensors)(backend=backend) - expected).abs().max()
+        assert distance < 1e-9 if i in cancel else distance > 1e-5, i
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"iterations": 1}, {"iterations": 2}, {"padding": "fill_before"}, {"mask": None}],
+    ids=str,
+)
+def test_every_option_counts(backend, options):
+    call = mimnet_call(history="mask", dtype=torch.float64)
+    assert (call(backend=backend, **options) - call(backend=backend)).abs().max() > 1e-3
+
+
+def test_ids_are_rows_of_the_table(backend):
+    for dtype in (torch.int32, torch.int64):
+        call = mimnet_call(history="lengths", ids=dtype)
+        history, *others = call.args
+        table = call.options["table"]
+        options = {"lengths": call.options["lengths"]}
+        embedded = Call(call.op, (table[history.long()], *others), options)
+        mine, other = call.gradients(backend=backend), embedded.gradients(backend=backend)
+        assert torch.equal(mine[0], other[0])
+        for one, two in zip(mine[1:], other[2:], strict=True):
+            assert torch.equal(one, two)
+
+
+def test_table_is_frozen_or_the_reference_trains_it(backend):
+    call = mimnet_call(ids=torch.int64)
+    table = call.options["table"].requires_grad_()
+    with pytest.raises(BackendUnavailable, match="table is frozen"):
+        call(backend=backend)
+    call().sum().backward()
+    assert table.grad is not None
+    assert table.grad.any()
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_users_without_items(name, padding):
+    call = mimnet_call(lengths=torch.zeros(5, dtype=torch.int64), padding=padding)
+    assert all(tensor.isfinite().all() for tensor in call.gradients(backend=name))
+
+
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_zero_embeddings(name):
+    call = mimnet_call()
+    zeros = call.with_tensors([torch.zeros_like(t) for t in call.tensors()])
+    assert all(not tensor.any() for tensor in zeros.gradients(backend=name)[:1])
+    assert all(tensor.isfinite().all() for tensor in zeros.gradients(backend=name))
+
+
+def test_compiled_code_checks_ids(backend):
+    """Where Python sees no values the kernel does, before it reads memory."""
+    call = mimnet_call(ids=torch.int64)
+    history, *others = call.args
+    compiled = torch.compile(call.op, backend="aot_eager", fullgraph=True)
+    options = {**call.options, "backend": backend}
+    torch.testing.assert_close(compiled(history, *others, **options), call(backend=backend))
+    for wrong in (-1, 23, 2**40):
+        bad = history.clone()
+        bad[2, 3] = wrong
+        with pytest.raises((RuntimeError, ValueError), match=f"history: got id {wrong}"):
+            compiled(bad, *others, **options)
