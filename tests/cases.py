@@ -153,7 +153,7 @@ WEIGHTS = ("shared_votes", "votes", "shared", "per_capsule")
 def routing_call(
     *,
     b: int = 5,
-    l: int = 6,  # noqa: E741
+    length: int = 6,
     k: int = 3,
     d_in: int = 4,
     d: int = 5,
@@ -167,20 +167,20 @@ def routing_call(
     scale = 40 / d_in**0.5
     matrix = None
     if weight == "votes":
-        inputs = randn(b, k, l, d_in, dtype=dtype, scale=scale)
+        inputs = randn(b, k, length, d_in, dtype=dtype, scale=scale)
     else:
-        inputs = randn(b, l, d_in, dtype=dtype, scale=scale)
-    leading = {"shared": (), "per_capsule": (k,), "per_position": (l, k)}.get(weight)
+        inputs = randn(b, length, d_in, dtype=dtype, scale=scale)
+    leading = {"shared": (), "per_capsule": (k,), "per_position": (length, k)}.get(weight)
     if leading is not None:
         matrix = randn(*leading, d_in, d, dtype=dtype, scale=d_in**-0.5)
     first = None
     if logits is None:
         options["num_capsules"] = k
     else:
-        first = randn(1 if logits == "one" else b, k, l, dtype=dtype)
+        first = randn(1 if logits == "one" else b, k, length, dtype=dtype)
     if absent_capsules:
         options["capsule_mask"] = capsule_mask(b, k)
-    options |= history_mask(history, b, l)
+    options |= history_mask(history, b, length)
     return Call(ops.dynamic_routing, (inputs, matrix, first), options)
 
 
@@ -275,7 +275,7 @@ def fusion_call(
 def mimnet_call(
     *,
     b: int = 5,
-    l: int = 6,  # noqa: E741
+    length: int = 6,
     k: int = 3,
     d: int = 4,
     h: int = 7,
@@ -286,14 +286,14 @@ def mimnet_call(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Call:
-    embedded = randn(b, l, d, dtype=dtype, scale=40 / d**0.5)
+    embedded = randn(b, length, d, dtype=dtype, scale=40 / d**0.5)
     if ids is not None:
         options["table"] = randn(23, d, dtype=dtype, scale=40 / d**0.5)
-        embedded = torch.randint(0, 23, (b, l), dtype=ids)
+        embedded = torch.randint(0, 23, (b, length), dtype=ids)
     bridge = bridge_call(b=1, k=1, d_i=d, d_s=d, d_t=d, h=h, dtype=dtype).args[2:]
     fusion = fusion_call(b=1, k=1, d=d, bias_dims=bias_dims, dtype=dtype).args[3:]
     weight = randn(d, d, dtype=dtype, scale=d**-0.5)
-    options |= history_mask(history, b, l)
+    options |= history_mask(history, b, length)
     return Call(
         ops.mimnet_forward,
         (
@@ -303,7 +303,7 @@ def mimnet_call(
             randn(b, d, dtype=dtype, scale=1 / d),
             randn(b, d, dtype=dtype, scale=1 / d),
             ops.MIMNetParameters(weight, *bridge, *fusion),
-            randn(1 if one_logits else b, k, l, dtype=dtype),
+            randn(1 if one_logits else b, k, length, dtype=dtype),
         ),
         options,
     )

@@ -51,7 +51,7 @@ def test_every_argument_counts(backend):
 
 
 def test_dead_hidden_units(backend):
-    """relu is 0 and so is its slope, also where its argument is exactly 0."""
+    """The relu and its slope are 0, also where its argument is exactly 0."""
     call = bridge_call(dtype=torch.float64)
     interests, source, w1, b1, w2, b2 = call.args
     b1 = b1.clone()

@@ -10,14 +10,14 @@ from mimnet_fast import BackendUnavailable, ops
 from mimnet_fast._options import PADDINGS
 
 SHAPES = [
-    {"b": 33, "l": 20, "k": 7, "d": 10, "h": 50},
-    {"b": 1, "l": 1, "k": 1, "d": 1, "h": 1},
-    {"b": 0, "l": 5, "k": 3, "d": 4, "h": 4},
-    {"b": 17, "l": 1, "k": 5, "d": 3, "h": 9},
-    {"b": 2, "l": 9, "k": 1, "d": 8, "h": 13},
-    {"b": 16, "l": 3, "k": 9, "d": 33, "h": 21},
-    {"b": 1, "l": 30, "k": 4, "d": 64, "h": 64},
-    {"b": 130, "l": 4, "k": 2, "d": 5, "h": 7},
+    {"b": 33, "length": 20, "k": 7, "d": 10, "h": 50},
+    {"b": 1, "length": 1, "k": 1, "d": 1, "h": 1},
+    {"b": 0, "length": 5, "k": 3, "d": 4, "h": 4},
+    {"b": 17, "length": 1, "k": 5, "d": 3, "h": 9},
+    {"b": 2, "length": 9, "k": 1, "d": 8, "h": 13},
+    {"b": 16, "length": 3, "k": 9, "d": 33, "h": 21},
+    {"b": 1, "length": 30, "k": 4, "d": 64, "h": 64},
+    {"b": 130, "length": 4, "k": 2, "d": 5, "h": 7},
 ]
 IDS = [None, torch.int64, torch.int32]
 

@@ -40,7 +40,7 @@ def test_every_argument_counts(backend):
 
 
 def test_gate_mixes_the_two_attentions(backend):
-    """gate 0 is the item's attention, gate 1 the prototype's."""
+    """Gate 0 is the item's attention, gate 1 the prototype's."""
     call = fusion_call(dtype=torch.float64)
     item, prototype, interests, fine, coarse, weight, bias = call.args
     for shift, query, weights in ((-1e3, item, fine), (1e3, prototype, coarse)):

@@ -1,0 +1,197 @@
+"""What the ops read and write: strides, every element of an output, no user's data for another."""
+
+import pytest
+import torch
+from cases import DTYPES, EVERY_OP, directions_of, dtype_id
+from torch.profiler import profile
+
+every_op = pytest.mark.parametrize("name", EVERY_OP)
+
+
+def equal(found, expected):
+    assert len(found) == len(expected)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=False)
+
+
+def transposed(t):
+    """The same values, the memory in the order of the last dimension."""
+    return t.movedim(-1, 0).contiguous().movedim(0, -1) if t.dim() > 1 else strided(t)
+
+
+def strided(t):
+    """The same values as every second element of a larger tensor, from an offset on."""
+    larger = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), 99, dtype=t.dtype)
+    larger[..., 1::2] = t
+    return larger[..., 1::2]
+
+
+def inner_gap(t):
+    """The same values, rows further apart than they are long."""
+    larger = torch.full((*t.shape[:-1], t.shape[-1] + 3), 99, dtype=t.dtype)
+    larger[..., : t.shape[-1]] = t
+    return larger[..., : t.shape[-1]]
+
+
+LAYOUTS = {"transposed": transposed, "strided": strided, "rows_apart": inner_gap}
+
+
+@every_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_id)
+def test_any_strides(backend, dtype, layout, name):
+    call = EVERY_OP[name](b=9, dtype=dtype)
+
+    def change(t):
+        return LAYOUTS[layout](t) if t.dim() and t.dtype is not torch.bool else t
+
+    other = call.map(lambda t: change(t) if t.numel() else t)
+    assert any(not t.is_contiguous() for t in other.tensors())
+    equal(other.gradients(backend=backend), call.gradients(backend=backend))
+
+
+@every_op
+def test_strided_masks_lengths_and_ids(backend, name):
+    call = EVERY_OP[name](b=9)
+    other = call.map(lambda t: t if t.is_floating_point() else strided(t))
+    equal(other.gradients(backend=backend), call.gradients(backend=backend))
+
+
+@every_op
+def test_expanded_batch(backend, name):
+    """One user's tensors shown nine times, with a stride of 0."""
+    first = EVERY_OP[name](b=9)
+
+    def expand(t):
+        return t[:1].expand(t.shape) if t.dim() and t.shape[0] == 9 else t
+
+    expanded = first.map(expand)
+    assert any(0 in t.stride() for t in expanded.tensors())
+    contiguous = expanded.map(torch.Tensor.contiguous)
+    equal(expanded.gradients(backend=backend), contiguous.gradients(backend=backend))
+
+
+@every_op
+def test_expanded_and_transposed_output_gradients(backend, name):
+    """What sum().backward() and a following transpose hand to a backward op."""
+    call = EVERY_OP[name]().trainable()
+    outputs = [out for out in call.outputs(backend=backend) if out.requires_grad]
+    for change in (lambda t: torch.ones(()).expand(t.shape), transposed):
+        grads = [change(g) if g.dim() else g for g in directions_of(outputs)]
+        found, expected = (
+            torch.autograd.grad(
+                outputs, call.leaves(), g, retain_graph=True, materialize_grads=True
+            )
+            for g in (grads, [g.contiguous() for g in grads])
+        )
+        equal(found, expected)
+
+
+@every_op
+def test_empty_batch(backend, name):
+    call = EVERY_OP[name](b=0)
+    outputs = call.outputs(backend=backend)
+    assert [out.shape for out in outputs] == [
+        out.shape for out in call.outputs(backend="reference")
+    ]
+    gradients = call.gradients(backend=backend)[len(outputs) :]
+    for leaf, gradient in zip(call.trainable().leaves(), gradients, strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any(), "no user, no gradient"
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory of tensors is NaN, that of the C++ ops included."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_poison_reaches_the_outputs_of_the_kernels(backend, poisoned):
+    call = EVERY_OP["squash"]()
+    with profile() as events:
+        call(backend=backend)
+    fills = {e.key: e.count for e in events.key_averages()}
+    assert fills["aten::fill_"] == fills["aten::empty"] == 1
+
+
+@every_op
+@pytest.mark.parametrize("b", [1, 5, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_element_of_an_output_is_written(backend, poisoned, dtype, b, name):
+    found = EVERY_OP[name](b=b, dtype=dtype).gradients(backend=backend)
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+@every_op
+def test_nothing_is_left_from_a_call_before(backend, name):
+    """Kernels keep their working memory: a larger call full of NaN must not be seen by the next."""
+    call = EVERY_OP[name]()
+    expected = call.gradients(backend=backend)
+    nan = EVERY_OP[name](b=70).map(
+        lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t
+    )
+    assert not nan.gradients(backend=backend)[0].isfinite().all()
+    equal(call.gradients(backend=backend), expected)
+
+
+@every_op
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_users_do_not_touch_each_other(backend, bad, name):
+    """A user whose numbers are not finite spoils no other user's output and gradient."""
+    b = 19  # sizes that nothing but the batch has
+    call = EVERY_OP[name](b=b)
+
+    def spoil(t):
+        if t.is_floating_point() and t.dim() and t.shape[0] == b:
+            t = t.clone()
+            t[7] = bad
+        return t
+
+    good, spoilt = call.gradients(backend=backend), call.map(spoil).gradients(backend=backend)
+    others = torch.arange(b) != 7
+    for mine, other in zip(spoilt, good, strict=True):
+        if mine.dim() and mine.shape[0] == b:
+            equal([mine[others]], [other[others]])
+
+
+@every_op
+def test_a_user_alone_or_in_a_batch(backend, name):
+    """To rounding: sums are ordered the same for everybody."""
+    b = 19
+    call = EVERY_OP[name](b=b, dtype=torch.float64)
+    every = call.outputs(backend=backend)
+    for user in (0, 3, 18):
+        one = call.map(
+            lambda t, user=user: t[user : user + 1] if t.dim() and t.shape[0] == b else t
+        )
+        for mine, other in zip(one.outputs(backend=backend), every, strict=True):
+            torch.testing.assert_close(mine[0], other[user], rtol=1e-12, atol=1e-14)
+
+
+@every_op
+@pytest.mark.parametrize("b", [3, 70, 2000])
+def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(backend, b, name):
+    call = EVERY_OP[name](b=b)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 2, 3, 1):
+            torch.set_num_threads(threads)
+            runs.append(call.gradients(backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        equal(run, runs[0])
+
+
+@every_op
+def test_inputs_are_left_alone(backend, name):
+    call = EVERY_OP[name]()
+    copies = [t.clone() for t in call.tensors()]
+    call.gradients(backend=backend)
+    equal(call.tensors(), copies)
+    for out in call.outputs(backend=backend):
+        assert all(out.data_ptr() != t.data_ptr() for t in call.tensors())
