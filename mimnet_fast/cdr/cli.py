@@ -165,7 +165,7 @@ def train(
 def demo(
     seed: Seed = Config.seed, backend: BackendOption = "auto", as_json: AsJson = False
 ) -> None:
-    """Train and compare on synthetic data with planted interests, in about a minute."""
+    """Train and compare on synthetic data with planted interests, in under a minute."""
     config = Config(
         seed=seed,
         backend=backend,

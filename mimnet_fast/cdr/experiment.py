@@ -78,6 +78,7 @@ def run(
         for name, (title, predict) in TRIVIAL.items()
     }
     found |= results.read(folder).get("models", {})
+    summary = {**results.header(dataset, config, data), "models": found}
     for name in models:
         spec = MODELS[name]
         if spec.build is None:
@@ -90,7 +91,6 @@ def run(
             "settings": {setting: getattr(config, setting) for setting in spec.settings},
             **results.select_epochs(curves["selection"], curves["final"]),
         }
-        summary = {**results.header(dataset, config, data), "models": found}
         results.write(folder, summary)
     return summary
 
