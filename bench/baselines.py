@@ -1,0 +1,252 @@
+"""Who is measured: our ops, and the same computation in PyTorch as a user would write it.
+
+The functions of `mimnet_fast.reference` guard against cases that do not occur here (absent
+capsules, empty rows, other squash forms), which costs eager mode up to a factor of ten. A baseline
+must not lose by that: what is plain there is taken from there, the rest is written here unguarded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.cases import Call, Case, make_call
+from mimnet_fast import backends, ops, reference
+from mimnet_fast.ops import MIMNetParameters
+from mimnet_fast.verify import verify
+
+OURS = "mimnet_fast"
+
+# Relative root mean square; farther is another computation and not another order of sums.
+_SAME = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+# Without the conversion of half precision to float32, which a user's model does not have.
+_bridge_textbook = inspect.unwrap(reference.interest_bridge)
+_bridge_reassociated = inspect.unwrap(reference.interest_bridge_reassociated)
+_target_attention_textbook = inspect.unwrap(reference.target_attention)
+
+
+class WrongResultError(AssertionError):
+    """Something that was to be timed computes something else."""
+
+
+def squash_textbook(x: Tensor) -> Tensor:
+    norm2 = (x * x).sum(-1, keepdim=True)
+    return norm2 / (1 + norm2) * x / (norm2 + 1e-8).sqrt()
+
+
+def routing_textbook(
+    inputs: Tensor, weight: Tensor, logits: Tensor, *, mask: Tensor, iterations: int
+) -> Tensor:
+    votes = (inputs @ weight)[:, None].expand(-1, logits.shape[1], -1, -1)
+    constant = votes.detach()
+    for step in range(iterations):
+        last = step == iterations - 1
+        coupling = logits.softmax(1) * mask[:, None]
+        capsules = torch.einsum("bkl,bkld->bkd", coupling, votes if last else constant)
+        capsules = squash_textbook(capsules)
+        if not last:
+            logits = logits + torch.einsum("bkd,bkld->bkl", capsules, constant)
+    return capsules
+
+
+def routing_reassociated(
+    inputs: Tensor, weight: Tensor, logits: Tensor, *, mask: Tensor, iterations: int
+) -> Tensor:
+    with torch.no_grad():
+        for _ in range(iterations - 1):
+            coupling = logits.softmax(1) * mask[:, None]
+            capsules = squash_textbook(coupling @ inputs @ weight)
+            logits = logits + (capsules @ weight.mT) @ inputs.mT
+        coupling = logits.softmax(1) * mask[:, None]
+    return squash_textbook(coupling @ inputs @ weight)
+
+
+def target_attention_textbook(query: Tensor, interests: Tensor, *weights: Tensor) -> Tensor:
+    return _target_attention_textbook(query, interests, *weights)[0]
+
+
+def target_attention_reassociated(
+    query: Tensor,
+    interests: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+) -> Tensor:
+    # Without the key bias: softmax does not see what is the same for all interests.
+    folded = query @ key_weight
+    weights = (interests @ folded[:, :, None]).softmax(1)
+    return linear((weights.mT @ interests)[:, 0], value_weight, value_bias)
+
+
+def _fused(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def multi_granularity_attention(
+        item: Tensor,
+        prototype: Tensor,
+        interests: Tensor,
+        fine: tuple[Tensor, ...],
+        coarse: tuple[Tensor, ...],
+        fusion_weight: Tensor,
+        fusion_bias: Tensor,
+    ) -> Tensor:
+        gate = linear(torch.cat([item, prototype], -1), fusion_weight[None], fusion_bias).sigmoid()
+        by_item = attend(item, interests, *fine)
+        return (1 - gate) * by_item + gate * attend(prototype, interests, *coarse)
+
+    return multi_granularity_attention
+
+
+def _whole(
+    route: Callable[..., Tensor], bridge: Callable[..., Tensor], attend: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def mimnet_forward(
+        history: Tensor,
+        source: Tensor,
+        item: Tensor,
+        prototype: Tensor,
+        p: MIMNetParameters,
+        logits: Tensor,
+        *,
+        mask: Tensor,
+        iterations: int,
+    ) -> Tensor:
+        interests = route(history, p.routing_weight, logits, mask=mask, iterations=iterations)
+        transferred = bridge(interests, source, p.w1, p.b1, p.w2, p.b2)
+        user = attend(
+            item, prototype, transferred, p.fine, p.coarse, p.fusion_weight, p.fusion_bias
+        )
+        return (user * item).sum(-1)
+
+    return mimnet_forward
+
+
+_multi_textbook = _fused(target_attention_textbook)
+_multi_reassociated = _fused(target_attention_reassociated)
+
+FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "squash": {"textbook": squash_textbook},
+    "dynamic_routing": {"textbook": routing_textbook, "reassociated": routing_reassociated},
+    "interest_bridge": {"textbook": _bridge_textbook, "reassociated": _bridge_reassociated},
+    "target_attention": {
+        "textbook": target_attention_textbook,
+        "reassociated": target_attention_reassociated,
+    },
+    "multi_granularity_attention": {
+        "textbook": _multi_textbook,
+        "reassociated": _multi_reassociated,
+    },
+    "mimnet_forward": {
+        "textbook": _whole(routing_textbook, _bridge_textbook, _multi_textbook),
+        "reassociated": _whole(routing_reassociated, _bridge_reassociated, _multi_reassociated),
+    },
+}
+
+
+def names(op: str, modes: tuple[str, ...] = ("default",)) -> list[str]:
+    """The contenders of ``op``: ours, the forms in eager mode, each form compiled in each mode."""
+    compiled = [
+        f"compile({form})" if mode == "default" else f"compile({form}, {mode})"
+        for form in FORMS[op]
+        for mode in modes
+    ]
+    return [OURS, *FORMS[op], *compiled]
+
+
+def contenders(op: str, modes: tuple[str, ...] = ("default",)) -> dict[str, Callable[..., Tensor]]:
+    """Functions by the names of :func:`names`. What it compiled before is no longer of use."""
+    # Static shapes make one compiled version per case, and torch gives up after eight of them.
+    torch.compiler.reset()
+    functions = [
+        getattr(ops, op),
+        *FORMS[op].values(),
+        *(
+            torch.compile(form, dynamic=False, mode=None if mode == "default" else mode)
+            for form in FORMS[op].values()
+            for mode in modes
+        ),
+    ]
+    return dict(zip(names(op, modes), functions, strict=True))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to time: a forward without autograd, or a forward and its gradients."""
+
+    function: Callable[..., Tensor]
+    call: Call
+    direction: str
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        if self.direction == "forward":
+            with torch.no_grad():
+                return (self.function(*self.call.args, **self.call.kwargs),)
+        output = self.function(*self.call.args, **self.call.kwargs)
+        # The key bias takes no part in a reassociated attention.
+        return torch.autograd.grad(
+            output, self.call.leaves, self.call.grad_output, allow_unused=True
+        )
+
+
+def _relative_distance(
+    results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]
+) -> float:
+    """Of all results together: a gradient that should be 0 has no size to compare with."""
+    squares = [
+        (0.0 if a is None else a.double()) - b.double()
+        for a, b in zip(results, expected, strict=True)
+        if b is not None
+    ]
+    distance = sum(float(d.square().sum()) for d in squares)
+    size = sum(float(b.double().square().sum()) for b in expected if b is not None)
+    return (distance / size) ** 0.5
+
+
+class Contest:
+    """One op at one size: its contenders, each of which has to be right before it is timed.
+
+    Raises:
+        WrongResultError: our op is too far from the float64 reference, in outputs or gradients.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        case: Case,
+        dtype: torch.dtype = torch.float32,
+        modes: tuple[str, ...] = ("default",),
+    ) -> None:
+        self.op = op
+        self.call = make_call(op, case, dtype)
+        function = getattr(ops, op)
+        verification = verify(function, *self.call.args, **self.call.kwargs)
+        if not verification:
+            raise WrongResultError(str(verification))
+        reasons = backends.explain(function, *self.call.args, **self.call.kwargs)
+        self.backend = next(name for name, why in reasons.items() if not why)
+        self._functions = contenders(op, modes)
+        self._expected: dict[str, tuple[Tensor | None, ...]] = {}
+
+    def step(self, name: str, direction: str) -> Step:
+        """What to time, after one call that compiles it where it is to be compiled.
+
+        Raises:
+            WrongResultError: its result is not that of the reference.
+        """
+        if direction not in self._expected:
+            oracle = partial(getattr(ops, self.op), backend="reference")
+            self._expected[direction] = Step(oracle, self.call, direction)()
+        step = Step(self._functions[name], self.call, direction)
+        distance = _relative_distance(step(), self._expected[direction])
+        if not distance <= _SAME[self.call.grad_output.dtype]:
+            raise WrongResultError(
+                f"{self.op}: {name} ({direction}) differs from the reference by {distance:.1e} "
+                "of its size"
+            )
+        return step

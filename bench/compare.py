@@ -1,0 +1,247 @@
+"""Measure every op against every baseline in one interleaved run: `python -m bench.compare`.
+
+The whole list takes some minutes on two cores and writes `bench/results/<machine>.json`; with
+`--ops` or `--cases` nothing is written unless `--out` says where. `--render` also brings the tables
+in `docs/benchmarks.md` and `README.md` up to date (`python -m bench.report` does that alone).
+
+The exit code is 1 when something was wrong or failed and therefore was not timed, and 2 for a wrong
+command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import baselines, cases, memory, report
+from bench.cases import Case
+from mimnet_fast import info
+
+SCHEMA = 1
+
+_BLOCK = 0.02  # seconds that a contender runs before the next has its turn
+_MIN_ROUNDS, _MAX_ROUNDS = 7, 51
+
+
+def _seconds(step: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def interleave(steps: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
+    """Seconds per call of each step, one value per round.
+
+    In every round each step runs for one block, in an order that changes from round to round, so
+    that whatever disturbs the machine disturbs all of them. A round's value is its block's median.
+    There are as many rounds as fit into ``budget`` seconds, but at least a handful.
+    """
+    calls, once = {}, 0.0
+    for name, step in steps.items():
+        duration = min(_seconds(step) for _ in range(3))
+        calls[name] = max(1, round(_BLOCK / duration))
+        once += (1 + calls[name]) * duration
+    rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(budget / once))) if steps else 0
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                step = steps[name]
+                step()  # finds the caches as its predecessor left them
+                block = [_seconds(step) for _ in range(calls[name])]
+                samples[name].append(statistics.median(block))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _summary(samples: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {
+        "median_ms": median * 1e3,
+        "q1_ms": low * 1e3,
+        "q3_ms": high * 1e3,
+        "rounds": len(samples),
+    }
+
+
+def machine_rates(dtype: torch.dtype, size: int = 2048) -> tuple[float, float]:
+    """Floating-point operations per second in a matrix product, and bytes per second in a copy."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(10))
+    source = torch.ones(16 * size * size)
+    target = torch.empty_like(source)
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * size**3 / product, 2 * source.numel() * source.element_size() / copy
+
+
+def _git(*arguments: str) -> str:
+    process = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=report.ROOT)
+    return process.stdout.strip() if process.returncode == 0 else ""
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    installed = info.collect()
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "mimnet_fast", "csrc")
+    return {
+        "cpu": installed["machine"]["cpu"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": installed["machine"]["kernel variant"],
+        "system": platform.platform(),
+        "versions": installed["versions"],
+        "commit": f"{commit} with changes" if changed else commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, 500)
+
+
+def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both directions of one op at one size; what fails has an error instead of times."""
+    dtype, modes = cases.DTYPES[options.dtype], tuple(options.modes)
+    shape = {name: value for name, value in vars(case).items() if name != "name"}
+    common = {"op": op, "case": case.name, "shape": shape, "dtype": options.dtype}
+    try:
+        arena = baselines.Contest(op, case, dtype, modes)
+    except Exception as error:  # one broken op must not cost the results of the others
+        return [
+            {**common, "direction": direction, "error": _one_line(error)}
+            for direction in cases.DIRECTIONS
+        ]
+    rows = []
+    work = zip(
+        cases.DIRECTIONS,
+        accumulate(cases.flops(op, case)),
+        accumulate(cases.traffic(arena.call)),
+        strict=True,
+    )
+    for direction, flops, moved in work:
+        steps: dict[str, baselines.Step] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for name in baselines.names(op, modes):
+            try:
+                steps[name] = arena.step(name, direction)
+            except Exception as error:  # a compiler has many ways to fail
+                found[name] = {"error": _one_line(error)}
+        for name, samples in interleave(steps, options.seconds).items():
+            found[name] = _summary(samples)
+        row = {
+            **common,
+            "direction": direction,
+            "backend": arena.backend,
+            "flops": flops,
+            "bytes": moved,
+            "contenders": {name: found[name] for name in baselines.names(op, modes)},
+        }
+        rows.append(row)
+    return rows
+
+
+def _slug(machine: dict[str, Any], dtype: str) -> str:
+    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    return f"{cpu}-{machine['threads']}-threads" + ("" if dtype == "float32" else f"-{dtype}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cases.add_arguments(parser)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=2.0,
+        help="time for all contenders of one op, case and direction (default: 2)",
+    )
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--render", action="store_true", help="update the tables in the documents")
+    options = parser.parse_args(arguments)
+    if not cases.selected(options):
+        parser.error(f"--cases: no op of {options.ops} has a case of {options.cases}")
+    return options
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The result of a whole run, as it is written."""
+    torch.set_num_threads(options.threads)
+    dtype = cases.DTYPES[options.dtype]
+    start = time.perf_counter()
+    before = machine_rates(dtype)
+    rows = []
+    chosen = cases.selected(options)
+    for number, (op, case) in enumerate(chosen, 1):
+        print(
+            f"[{time.perf_counter() - start:4.0f} s] {number}/{len(chosen)} {op} {case.name}",
+            file=sys.stderr,
+        )
+        rows += contest(op, case, options)
+    # The better of two tries, because a floor must not rise with the noise of the machine.
+    flops_per_s, bytes_per_s = map(max, zip(before, machine_rates(dtype), strict=True))
+    print(f"[{time.perf_counter() - start:4.0f} s] peak memory", file=sys.stderr)
+    peaks = memory.measure(options)
+    for row in rows:
+        if "error" in row:
+            continue
+        row["floor_ms"] = 1e3 * max(row["flops"] / flops_per_s, row["bytes"] / bytes_per_s)
+        for name, contender in row["contenders"].items():
+            if row["direction"] != "forward":
+                contender["peak_bytes"] = peaks.get((row["op"], row["case"], name))
+    machine = describe_machine()
+    rates = {"gflop_per_s": flops_per_s / 1e9, "gb_per_s": bytes_per_s / 1e9}
+    return {"schema": SCHEMA, "machine": {**machine, **rates}, "results": rows}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; the exit code says whether everything was right."""
+    options = _parse(arguments)
+    result = run(options)
+    everything = len(cases.selected(options)) == sum(map(len, cases.CASES.values()))
+    out = options.out
+    if out is None and everything:
+        out = report.RESULTS / f"{_slug(result['machine'], options.dtype)}.json"
+    if out is not None:
+        report.write(out, json.dumps(result, indent=1) + "\n")
+    print(report.section(result))
+    if options.render:
+        report.update()
+    wrong = [
+        f"{row['op']} {row['case']} {row['direction']} {name}: {error}"
+        for row in result["results"]
+        for name, error in report.errors(row).items()
+    ]
+    for line in wrong:
+        print(f"not timed: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,62 @@
+"""Options and checks of the pytest-benchmark suite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import baselines, cases
+
+_CASES = {case.name: case for op_cases in cases.CASES.values() for case in op_cases}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--threads", type=int, default=2, help="threads of torch while benchmarking (default: 2)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_disable_gc = True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each `bench_<op>.py` runs its op in all cases, directions and contenders."""
+    op = metafunc.module.__name__.rpartition("bench_")[2]
+    grid = [
+        pytest.param(case.name, direction, name, id=f"{case.name}-{direction}-{name}")
+        for case in cases.CASES[op]
+        for direction in cases.DIRECTIONS
+        for name in baselines.names(op)
+    ]
+    metafunc.parametrize(("case", "direction", "contender"), grid)
+
+
+@functools.lru_cache(maxsize=1)  # a contest ends where the next begins: see baselines.contenders
+def _contest(op: str, case: str) -> baselines.Contest:
+    return baselines.Contest(op, _CASES[case])
+
+
+@pytest.fixture
+def timed(
+    benchmark: BenchmarkFixture,
+    case: str,
+    direction: str,
+    contender: str,
+    pytestconfig: pytest.Config,
+) -> Callable[[str], None]:
+    """Check one contender of an op, then time it."""
+
+    def run(op: str) -> None:
+        torch.set_num_threads(pytestconfig.getoption("threads"))
+        step = _contest(op, case).step(contender, direction)
+        benchmark.group = f"{op} {case} {direction}"
+        benchmark.name = contender
+        benchmark(step)
+
+    return run

@@ -1,0 +1,229 @@
+"""Tables from the files in `bench/results`: `python -m bench.report` updates the documents.
+
+It writes `docs/benchmarks.md` and, between the two markers in `README.md` where it has them, the
+rows of the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.baselines import OURS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+_BASELINES = ("textbook", "reassociated", "compile(textbook)", "compile(reassociated)")
+_NONE = "–"
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m bench.report` from the files in `bench/results`; measure your own machine with
+`python -m bench.compare --render`.
+
+How to read the tables:
+
+- **ms** is the median time of one call of `mimnet_fast` with `backend="auto"`, with its quartiles.
+  Forward runs without autograd. Forward+backward also computes the gradients: for the whole model
+  those of its parameters (the embeddings are frozen), for a part those of all its inputs but the
+  routing logits.
+- **vs** a baseline is the baseline's median over ours: 2.00 is twice as fast, below 1 we are
+  **slower**. *textbook* is the equation as papers write it, in eager PyTorch; *reassociated* is the
+  same result by the algebra that our kernels use, in eager PyTorch; *compile* is `torch.compile` of
+  either, with static shapes. *best* is the fastest of them. All are measured in one run, in turns,
+  after their results were compared with the reference.
+- **of floor** is the time that the arithmetic or the memory traffic needs at the least, over our
+  time. The arithmetic is that of the reassociated algorithm at this machine's measured rate of a
+  2048x2048x2048 matrix product, the traffic is every input and output once at its measured copy
+  rate; the longer one counts.
+- **peak MB** is what forward+backward needs beyond its inputs at its peak: ours / textbook / the
+  least of all baselines.
+
+The sizes B (users), L (history), K (interests), D (width) and H (hidden units of the bridge):
+"""
+
+
+def errors(row: dict[str, Any]) -> dict[str, str]:
+    """What was not timed in a row, with the reason, by contender."""
+    if "error" in row:
+        return {OURS: row["error"]}
+    return {name: c["error"] for name, c in row["contenders"].items() if "error" in c}
+
+
+def _median(row: dict[str, Any], baseline: str) -> float | None:
+    """Of a baseline, in the best of its compile modes."""
+    prefix = baseline.removesuffix(")") + ","
+    found = [
+        c["median_ms"]
+        for name, c in row["contenders"].items()
+        if (name == baseline or name.startswith(prefix)) and "median_ms" in c
+    ]
+    return min(found, default=None)
+
+
+def _ratio(baseline_ms: float | None, ours_ms: float) -> str:
+    """How many times as fast as a baseline we are.
+
+    >>> _ratio(3.0, 1.5), _ratio(1.2, 1.5), _ratio(None, 1.5)
+    ('2.00', '**0.80 slower**', '–')
+    """
+    if baseline_ms is None:
+        return _NONE
+    ratio = round(baseline_ms / ours_ms, 2)
+    return f"**{ratio:.2f} slower**" if ratio < 1 else f"{ratio:.2f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _time(ours: dict[str, Any]) -> str:
+    median, low, high = (_milliseconds(ours[key]) for key in ("median_ms", "q1_ms", "q3_ms"))
+    return f"{median} ({low}–{high})"
+
+
+def _memory(row: dict[str, Any]) -> str:
+    peaks = {
+        name: c["peak_bytes"] / 1e6
+        for name, c in row["contenders"].items()
+        if c.get("peak_bytes") is not None
+    }
+    if OURS not in peaks or "textbook" not in peaks:
+        return _NONE
+    ours = peaks.pop(OURS)
+    least = min(peaks.values())
+    mine = f"**{ours:.1f} more**" if round(ours, 1) > round(least, 1) else f"{ours:.1f}"
+    return f"{mine} / {peaks['textbook']:.1f} / {least:.1f}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    head = [row["case"], row["direction"]]
+    if OURS in errors(row):
+        return [*head, "**wrong, not timed**", *[_NONE] * (len(_BASELINES) + 3)]
+    ours = row["contenders"][OURS]
+    baselines = {name: _median(row, name) for name in _BASELINES}
+    failed = errors(row)
+    ratios = [
+        "failed" if name in failed and ms is None else _ratio(ms, ours["median_ms"])
+        for name, ms in baselines.items()
+    ]
+    best = min((ms for ms in baselines.values() if ms is not None), default=None)
+    return [
+        *head,
+        _time(ours),
+        *ratios,
+        _ratio(best, ours["median_ms"]),
+        f"{100 * row['floor_ms'] / ours['median_ms']:.0f} %",
+        _memory(row),
+    ]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+_HEADER = (
+    "case",
+    "direction",
+    "ms",
+    *(f"vs {name}" for name in _BASELINES),
+    "vs best",
+    "of floor",
+    "peak MB",
+)
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    """The machine, the versions and the day, in one sentence."""
+    m = result["machine"]
+    versions = m["versions"]
+    kinds = {f"{r['dtype']}, backend {r['backend']}" for r in result["results"] if "backend" in r}
+    return (
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} kernels; "
+        f"{m['gflop_per_s']:.0f} GFLOP/s, {m['gb_per_s']:.0f} GB/s; {'; '.join(sorted(kinds))}; "
+        f"mimnet_fast {versions['mimnet_fast']} ({m['commit']}), torch {versions['torch']}, "
+        f"Python {versions['python']}; {m['date']}."
+    )
+
+
+def section(result: dict[str, Any]) -> str:
+    """One machine: its line, and one table per op."""
+    parts = [f"## {result['machine']['cpu']}", machine_line(result)]
+    for op in dict.fromkeys(row["op"] for row in result["results"]):
+        rows = [row for row in result["results"] if row["op"] == op]
+        parts += [f"### {op}", _table(_HEADER, map(_cells, rows))]
+        parts += [
+            f"Not timed: {name} ({row['case']}, {row['direction']}): {error}"
+            for row in rows
+            for name, error in errors(row).items()
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(results: list[dict[str, Any]]) -> str:
+    shapes = {row["case"]: row["shape"] for result in results for row in result["results"]}
+    header = ("case", "B", "L", "K", "D", "H")
+    rows = [[name, *(str(v or _NONE) for v in shape.values())] for name, shape in shapes.items()]
+    return _table(header, rows)
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The text of `docs/benchmarks.md`."""
+    return "\n".join([_INTRODUCTION, _sizes(results), "", *map(section, results)])
+
+
+def readme_block(results: list[dict[str, Any]]) -> str:
+    """The whole model on every machine, for the README."""
+    columns = [_HEADER.index(name) for name in _HEADER if name != "vs compile(textbook)"]
+    parts = []
+    for result in results:
+        rows = [_cells(row) for row in result["results"] if row["op"] == "mimnet_forward"]
+        if rows:
+            cells = [[row[i] for i in columns] for row in (_HEADER, *rows)]
+            parts += [_table(cells[0], cells[1:]), machine_line(result)]
+    return "\n\n".join(parts)
+
+
+def with_block(text: str, block: str) -> str:
+    """``text`` with ``block`` between the markers; unchanged where it has none."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    return f"{head}{begin}\n{block}\n{end}{tail}" if begin and end else text
+
+
+def write(path: Path, text: str) -> None:
+    """``text`` in ``path``, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def update() -> None:
+    """Write the documents from all results there are.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    files = sorted(RESULTS.glob("*.json"))
+    if not files:
+        raise SystemExit(f"{RESULTS} holds no results: run `python -m bench.compare` first")
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    write(PAGE, page(results))
+    if README.exists():
+        text = README.read_text(encoding="utf-8")
+        write(README, with_block(text, readme_block(results)))
+
+
+if __name__ == "__main__":
+    update()

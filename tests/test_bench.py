@@ -1,0 +1,311 @@
+"""The benchmarks time the right thing, refuse what is wrong, and show losses."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from bench import baselines, cases, compare, memory, report  # noqa: E402
+from mimnet_fast import ops  # noqa: E402
+
+TINY = cases.Case("tiny", batch=6, length=30, capsules=2, width=5, hidden=7)
+EAGER = {op: [name for name in baselines.names(op) if "compile" not in name] for op in cases.CASES}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every op at a tiny size, with eager functions in the place of compiled ones."""
+    monkeypatch.setattr(cases, "CASES", dict.fromkeys(cases.CASES, (TINY,)))
+    monkeypatch.setattr(cases, "_NAMES", ("tiny",))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compare, "machine_rates", functools.partial(compare.machine_rates, size=64))
+    monkeypatch.setattr(memory, "measure", lambda options: {("squash", "tiny", "textbook"): 5})
+
+
+def run(*arguments):
+    return compare.main(["--threads", "1", "--seconds", "0.001", "--cases", "tiny", *arguments])
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("op", cases.CASES)
+@pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=cases.DTYPES)
+def test_contenders_compute_the_same(op, dtype):
+    contest = baselines.Contest(op, TINY, dtype)
+    for name in EAGER[op]:
+        for direction in cases.DIRECTIONS:
+            results = contest.step(name, direction)()
+            assert len(results) == (1 if direction == "forward" else len(contest.call.leaves))
+
+
+def test_inputs_are_the_same_in_every_run_and_differ_between_ops():
+    (first, *_), (again, *_), (other, *_) = (
+        cases.make_call(op, TINY).args
+        for op in ("dynamic_routing", "dynamic_routing", "mimnet_forward")
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("op", cases.CASES)
+def test_whole_model_alone_has_frozen_inputs(op):
+    call = cases.make_call(op, TINY)
+    assert call.args[0].requires_grad == (op != "mimnet_forward")
+    assert all(leaf.requires_grad for leaf in call.leaves)
+
+
+# The floor
+
+
+@pytest.mark.parametrize("op", [op for op in cases.CASES if op != "squash"])
+def test_flops_are_those_of_the_reassociated_form(op):
+    """As torch counts them, but for what it does not count: the rating's elementwise product."""
+    call = cases.make_call(op, TINY)
+    step = baselines.Step(baselines.FORMS[op]["reassociated"], call, "forward+backward")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    rating = (2 + 2) * TINY.batch * TINY.width if op == "mimnet_forward" else 0
+    assert sum(cases.flops(op, TINY)) - rating == counter.get_total_flops()
+
+
+def test_routing_may_project_the_inputs_instead():
+    few = cases.Case("few", 6, length=3, capsules=2, width=5, hidden=7)
+    passes = (2 * cases.ITERATIONS - 1) * 2 * 6 * 2 * 3 * 5
+    assert cases.flops("dynamic_routing", few)[0] == passes + 2 * 6 * 3 * 5 * 5
+
+
+@pytest.mark.parametrize("op", cases.CASES)
+def test_flops_and_traffic_are_positive(op):
+    for case in cases.CASES[op]:
+        assert min(cases.flops(op, case)) > 0
+    assert min(cases.traffic(cases.make_call(op, TINY))) > 0
+
+
+def test_traffic_of_squash():
+    size = 4 * TINY.batch * TINY.capsules * TINY.width
+    assert cases.traffic(cases.make_call("squash", TINY)) == (2 * size, 3 * size)
+
+
+# A run
+
+
+def test_interleave_gives_every_step_every_round():
+    calls = {"a": 0, "b": 0}
+
+    def step(name):
+        calls[name] += 1
+
+    samples = compare.interleave({name: functools.partial(step, name) for name in calls}, 0)
+    assert {len(values) for values in samples.values()} == {compare._MIN_ROUNDS}
+    assert min(calls.values()) > compare._MIN_ROUNDS
+    assert min(samples["a"] + samples["b"]) > 0
+
+
+def test_result_file(tiny, tmp_path, capsys):
+    out = tmp_path / "new" / "result.json"
+    assert run("--ops", "squash", "mimnet_forward", "--out", str(out)) == 0
+    result = json.loads(out.read_text())
+    assert [path.name for path in out.parent.iterdir()] == ["result.json"]
+    assert result["schema"] == compare.SCHEMA
+    assert result["machine"]["threads"] == 1
+    assert {"cpu", "isa", "commit", "date", "versions", "gflop_per_s"} <= result["machine"].keys()
+    assert [(row["op"], row["direction"]) for row in result["results"]] == [
+        (op, direction) for op in ("squash", "mimnet_forward") for direction in cases.DIRECTIONS
+    ]
+    for row in result["results"]:
+        assert list(row["contenders"]) == baselines.names(row["op"])
+        assert row["floor_ms"] > 0
+        for times in row["contenders"].values():
+            assert 0 < times["q1_ms"] <= times["median_ms"] <= times["q3_ms"]
+    assert result["results"][1]["contenders"]["textbook"]["peak_bytes"] == 5
+    assert capsys.readouterr().out.startswith(f"## {result['machine']['cpu']}")
+
+
+def test_part_of_the_list_does_not_replace_the_results(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert run("--ops", "squash") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_op_is_not_timed(tiny, monkeypatch, capsys):
+    right = ops.squash
+
+    @functools.wraps(right)
+    def wrong(x, *, backend=None):
+        return right(x, backend=backend) * (1.0 if backend == "reference" else 1.001)
+
+    monkeypatch.setattr(ops, "squash", wrong)
+    assert run("--ops", "squash") == 1
+    out, err = capsys.readouterr()
+    assert out.count("**wrong, not timed**") == len(cases.DIRECTIONS)
+    assert "not timed: squash tiny forward mimnet_fast" in err
+
+
+def test_wrong_baseline_alone_is_not_timed(tiny, monkeypatch, tmp_path):
+    def unrouted(inputs, weight, logits, **options):
+        return logits @ inputs @ weight
+
+    forms = {**baselines.FORMS["dynamic_routing"], "textbook": unrouted}
+    monkeypatch.setitem(baselines.FORMS, "dynamic_routing", forms)
+    out = tmp_path / "result.json"
+    assert run("--ops", "dynamic_routing", "--out", str(out)) == 1
+    for row in json.loads(out.read_text())["results"]:
+        assert set(report.errors(row)) == {"textbook", "compile(textbook)"}
+        assert "median_ms" in row["contenders"]["mimnet_fast"]
+
+
+def test_unknown_combination_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(["--ops", "squash", "--cases", "mind"])
+    assert exit_.value.code == 2
+    assert "--cases: no op of ['squash'] has a case of ['mind']" in capsys.readouterr().err
+
+
+def test_peak_memory_counts_what_is_allocated():
+    code = (
+        "import torch\nfrom bench.memory import peak_bytes\n"
+        "print(peak_bytes(lambda: torch.ones(2**22)), peak_bytes(lambda: None))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **memory._ALLOCATOR},
+    )
+    full, empty = map(int, process.stdout.split())
+    assert full == pytest.approx(2**24, abs=2**19)
+    assert empty < 2**19
+
+
+def test_pytest_benchmark_collects_every_contest():
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "--benchmark-only"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    ids = [line for line in process.stdout.splitlines() if "::test_" in line]
+    assert len(ids) == sum(
+        len(in_op) * len(cases.DIRECTIONS) * len(baselines.names(op))
+        for op, in_op in cases.CASES.items()
+    )
+    assert "bench/bench_squash.py::test_squash[paper-forward-mimnet_fast]" in ids
+
+
+# Rendering
+
+
+def made_up(**milliseconds):
+    """A result of the whole model in which the named contenders took these times."""
+    names = {
+        "ours": "mimnet_fast",
+        "compiled": "compile(textbook)",
+        "tuned": "compile(textbook, max-autotune)",
+        "compiled_reassociated": "compile(reassociated)",
+    }
+    contenders = {
+        names.get(name, name): {
+            "median_ms": value,
+            "q1_ms": 0.9 * value,
+            "q3_ms": 1.1 * value,
+            "rounds": 9,
+            "peak_bytes": int(value * 1e6),
+        }
+        if isinstance(value, float)
+        else {"error": value}
+        for name, value in milliseconds.items()
+    }
+    machine = {
+        "cpu": "Processor 9",
+        "cores": 2,
+        "threads": 2,
+        "isa": "avx2",
+        "commit": "abc",
+        "date": "2026-01-01 00:00 UTC",
+        "versions": {"mimnet_fast": "0", "torch": "2", "python": "3"},
+        "gflop_per_s": 100.0,
+        "gb_per_s": 10.0,
+    }
+    row = {
+        "op": "mimnet_forward",
+        "case": "paper",
+        "direction": "forward+backward",
+        "shape": {"batch": 128, "length": 20, "capsules": 7, "width": 10, "hidden": 50},
+        "dtype": "float32",
+        "backend": "native",
+        "floor_ms": 0.5,
+        "contenders": contenders,
+    }
+    return {"schema": compare.SCHEMA, "machine": machine, "results": [row]}
+
+
+def cells(result):
+    (line,) = [x for x in report.section(result).splitlines() if x.startswith("| paper")]
+    return line.strip("| ").split(" | ")
+
+
+def test_losses_are_shown():
+    row = cells(
+        made_up(ours=2.0, textbook=4.0, reassociated=1.5, compiled=8.0, compiled_reassociated=1.0)
+    )
+    assert row == [
+        "paper",
+        "forward+backward",
+        "2 (1.8–2.2)",
+        "2.00",
+        "**0.75 slower**",
+        "4.00",
+        "**0.50 slower**",
+        "**0.50 slower**",
+        "25 %",
+        "**2.0 more** / 4.0 / 1.0",
+    ]
+
+
+def test_best_mode_of_the_compiler_counts():
+    row = cells(made_up(ours=1.0, textbook=4.0, compiled=8.0, tuned=3.0))
+    assert row[3:8] == ["4.00", "–", "3.00", "–", "3.00"]
+
+
+def test_failed_baseline_is_named_with_its_reason():
+    result = made_up(ours=1.0, textbook=4.0, compiled="no compiler")
+    assert cells(result)[5] == "failed"
+    text = report.section(result)
+    assert "Not timed: compile(textbook) (paper, forward+backward): no compiler" in text
+
+
+def test_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "benchmarks.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    with pytest.raises(SystemExit, match="holds no results"):
+        report.update()
+    result = made_up(ours=1.0, textbook=4.0)
+    report.write(report.RESULTS / "a.json", json.dumps(result))
+    report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):  # the second time finds its own table
+        report.update()
+        page, readme = report.PAGE.read_text(), report.README.read_text()
+        assert "| paper | 128 | 20 | 7 | 10 | 50 |" in page
+        assert "Processor 9, 2 cores, 2 threads, avx2 kernels" in page
+        assert readme.startswith(f"before\n{report.BEGIN}\n| case |")
+        assert readme.endswith(f"UTC.\n{report.END}\nafter\n")
+        assert "old" not in readme
+        assert readme.count("| paper |") == 1
+
+
+def test_readme_without_markers_stays_as_it_is():
+    assert report.with_block("nothing here", "table") == "nothing here"
+    assert report.with_block(f"only {report.BEGIN}", "table") == f"only {report.BEGIN}"
