@@ -73,7 +73,7 @@ def squash(
         raise ValueError(
             f"dim: got {dim}, need {-x.dim()} to {x.dim() - 1} for x of shape {x.shape}"
         )
-    _checks.not_empty("x", **{f"size of dim {dim}": x.shape[dim]})
+    _checks.not_empty("x", D=x.shape[dim])
     if backends.select("squash", backend, x.device.type, []) == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
     if dim in (-1, x.dim() - 1):
