@@ -29,7 +29,9 @@ def register(
             setup(ctx, args, output)
             return output
 
-    Eager.backward = staticmethod(backward)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():

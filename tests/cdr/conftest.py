@@ -1,22 +1,11 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from mimnet_fast.cdr.dataset import Dataset, prepare
 from mimnet_fast.cdr.synthetic import Synthetic
 
 SIZES = Synthetic(users=120, items=40, topics=4, interests=2, ratings_per_user=12)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and parallel test workers lose a lot by them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
