@@ -66,7 +66,8 @@ def _checked(name: str, where: str) -> str:
 
 
 _default = _checked(os.environ.get("MIMNET_FAST_BACKEND", "auto"), "MIMNET_FAST_BACKEND")
-_explaining = False
+_EXPLAIN: Any = object()
+"""As `backend` of a call: raise :class:`_Explanation` instead of choosing."""
 _logged: set[tuple[str, ...]] = set()
 
 
@@ -119,9 +120,9 @@ def select(op: str, backend: str | None, device_type: str, unsupported: list[str
 
     ``unsupported`` lists what this call asks of a kernel that no kernel offers yet.
     """
-    name = _default if backend is None else _checked(backend, "backend")
-    if _explaining:
+    if backend is _EXPLAIN:
         raise _Explanation(_reasons(device_type, unsupported))
+    name = _default if backend is None else _checked(backend, "backend")
     if name == "reference":
         return name
     if name == "auto":
@@ -175,19 +176,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     >>> explain("squash", torch.ones(3))["reference"]
     []
     """
-    global _explaining
     from mimnet_fast import ops
 
-    function: Any = op
-    if isinstance(op, str):
-        if op not in ops.FUNCTIONS:
-            raise ValueError(f"op: got {op!r}, need one of {', '.join(ops.FUNCTIONS)}")
-        function = getattr(ops, op)
-    _explaining = True
+    functions = {name: getattr(ops, name) for name in ops.FUNCTIONS}
+    function: Any = functions.get(op, op) if isinstance(op, str) else op
+    if function not in functions.values():
+        raise ValueError(f"op: got {op!r}, need one of {', '.join(functions)}")
     try:
-        function(*args, **kwargs)
+        function(*args, **{**kwargs, "backend": _EXPLAIN})
     except _Explanation as explanation:
         return explanation.reasons
-    finally:
-        _explaining = False
-    raise TypeError(f"op: {op!r} is not a function of mimnet_fast.ops")
+    raise AssertionError("an op always selects a backend")

@@ -153,6 +153,9 @@ def lengths_to_mask(mask: Tensor | None, length: int) -> Tensor | None:
 
 def autocast(tensors: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
     """Under ``torch.autocast`` the tensors in its dtype, float64 apart, as for a linear layer."""
+    # A meta tensor, for one, knows no autocast.
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

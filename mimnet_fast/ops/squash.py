@@ -69,10 +69,8 @@ def squash(
     """
     x = _checks.leading("x", x, tuple(range(1, 65)), "with at least one dimension")
     form_code, power = check_squash(form, eps, power)
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(
-            f"dim: got {dim}, need {-x.dim()} to {x.dim() - 1} for x of shape {x.shape}"
-        )
+    if _checks.whole("dim", dim, -x.dim(), "a dimension of x") >= x.dim():
+        raise ValueError(f"dim: got {dim}, need at most {x.dim() - 1} (a dimension of x)")
     _checks.not_empty("x", D=x.shape[dim])
     if backends.select("squash", backend, x.device.type, []) == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
