@@ -43,7 +43,8 @@ How to read the tables:
 - **of floor** is the time that the arithmetic or the memory traffic needs at the least, over our
   time. The arithmetic is that of the reassociated algorithm at this machine's measured rate of a
   2048x2048x2048 matrix product, the traffic is every input and output once at its measured copy
-  rate; the longer one counts.
+  rate; the longer one counts. More than 100 % is a kernel that multiplies faster than that product
+  does, or data that never leaves the cache.
 - **peak MB** is what forward+backward needs beyond its inputs at its peak: ours / textbook / the
   least of all baselines.
 
