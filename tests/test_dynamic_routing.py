@@ -143,19 +143,23 @@ def changed(call, backend, options):
     return (call(backend=backend) - call(backend=backend, **options)).abs().max()
 
 
+def unsaturated(call):
+    """The call with vectors short enough for a squash and a softmax to be far from 1."""
+    return call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("weight", WEIGHTS[1:])
 def test_every_option_counts(backend, weight, mutation):
-    """With short vectors, so that the squash is far from 1."""
     call = routing_call(weight=weight, history="mask", dtype=torch.float64)
-    call = call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+    call = unsaturated(call)
     assert changed(call, backend, MUTATIONS[mutation]) > 1e-2
 
 
 def test_padding_ignore_differs_from_zero_after_only_over_inputs(backend):
     """Over the capsules a padded position has a softmax of its own, so both are one function."""
     for axis, differs in (("capsules", False), ("inputs", True)):
-        call = routing_call(history="mask", dtype=torch.float64, softmax_over=axis)
+        call = unsaturated(routing_call(history="mask", dtype=torch.float64, softmax_over=axis))
         distance = changed(call, backend, {"padding": "ignore"})
         assert distance > 1e-2 if differs else distance < 1e-12
 
@@ -163,7 +167,7 @@ def test_padding_ignore_differs_from_zero_after_only_over_inputs(backend):
 @pytest.mark.parametrize("mutation", REFERENCE_MUTATIONS)
 def test_every_option_of_the_reference_counts(mutation):
     call = routing_call(weight="per_position", history="mask", dtype=torch.float64)
-    call = call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+    call = unsaturated(call)
     assert changed(call, "auto", REFERENCE_MUTATIONS[mutation]) > 1e-2
 
 
