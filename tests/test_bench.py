@@ -195,6 +195,8 @@ def test_pytest_benchmark_collects_every_contest():
         capture_output=True,
         text=True,
         cwd=ROOT,
+        # A worker of pytest-xdist would switch benchmarks off in its child too.
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
     )
     ids = [line for line in process.stdout.splitlines() if "::test_" in line]
     assert len(ids) == sum(
