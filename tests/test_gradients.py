@@ -139,6 +139,30 @@ def test_second_derivative_is_that_of_the_reference(backend, name):
         close(one, two)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"iterations": 2},
+        {"softmax_over": "inputs"},
+        {"padding": "fill_before"},
+        {"inner_squash": False},
+        {"final_squash": False},
+        {"temperature": 3.0},
+        {"squash": "norm_plus_eps"},
+        {"eps": 1.0},
+        {"squash": "pow_clamp", "power": 0.4},
+    ],
+    ids=str,
+)
+def test_second_derivative_knows_every_option(backend, options):
+    """On vectors short enough for each option to count."""
+    call = routing_call(history="mask", dtype=torch.float64, **options)
+    call = call.map(lambda t: t if t.dtype is torch.bool else t / 5).trainable()
+    mine = second_derivatives(call, backend)
+    for one, two in zip(mine, second_derivatives(call, "reference"), strict=True):
+        close(one, two)
+
+
 def gradients_of(leaves, build, backend, order):
     out = build(*leaves, backend)
     found = torch.autograd.grad(out.square().sum(), leaves, create_graph=order == 2)
