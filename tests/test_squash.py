@@ -27,12 +27,17 @@ def test_any_dimension(backend, dim, dtype):
     squash_call(dim=dim, dtype=dtype).verify(backend)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4, 1e10])
-@pytest.mark.parametrize("form", SQUASH_FORMS)
-def test_short_and_long_vectors(backend, form, scale):
-    Call(ops.squash, (randn(9, 10, dtype=torch.float32, scale=scale),), {"form": form}).verify(
-        backend
-    )
+@pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4, 1e10, 1e15])
+@pytest.mark.parametrize(
+    ("form", "power"), [*((form, 1.0) for form in SQUASH_FORMS), ("pow_clamp", 0.2)]
+)
+def test_short_and_long_vectors(backend, form, power, scale):
+    x = randn(9, 10, dtype=torch.float32, scale=scale)
+    Call(ops.squash, (x,), {"form": form, "power": power}).verify(backend)
+
+
+def test_very_long_vectors_keep_the_length_one(backend):
+    assert ops.squash(torch.full((1, 4), 1e18), backend=backend).norm().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("form", SQUASH_FORMS)

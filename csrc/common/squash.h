@@ -1,4 +1,4 @@
-// squash(x) = factor(|x|^2) x for every form, and the slope that its gradient needs.
+// squash(x) = factor(|x|^2) x for every form, and what its gradient needs.
 //
 // Written for any arithmetic `Math`: SIMD lanes on the host, a scalar per thread on a device. It
 // names Value and Scalar and offers sqrt, power and select.
@@ -17,7 +17,9 @@ namespace mimnet_fast {
 template <class Value>
 struct SquashFactor {
   Value factor;
-  Value slope;  // d factor / d |x|^2, 0 at x = 0 where it multiplies a zero vector
+  // |x|^2 d factor / d |x|^2; the derivative alone would leave the range of a float for vectors
+  // that are very long or very short.
+  Value radial;
 };
 
 template <class Math>
@@ -27,6 +29,7 @@ MIMNET_FAST_SHARED SquashFactor<typename Math::Value> squash_factor(typename Mat
   using T = typename Math::Scalar;
   const V zero = V{};
   const V one = zero + T(1);
+  const V half = zero + T(0.5);
   const T eps = T(squash.eps);
   const auto nonzero = norm2 > zero;
   const V safe = Math::select(nonzero, norm2, one);
@@ -34,30 +37,28 @@ MIMNET_FAST_SHARED SquashFactor<typename Math::Value> squash_factor(typename Mat
   switch (squash.form) {
     case SquashForm::sqrt_eps: {
       const V root2 = norm2 + eps;
-      const V scale = inverse / Math::sqrt(root2);
-      return {norm2 * scale, scale * (inverse - norm2 / (root2 + root2))};
+      const V factor = norm2 * inverse / Math::sqrt(root2);
+      return {factor, factor * (inverse - half * (norm2 / root2))};
     }
     case SquashForm::norm_plus_eps: {
       const V norm = Math::select(nonzero, Math::sqrt(safe), zero);
       const V shifted = norm + eps;
-      const V scale = inverse / shifted;
-      return {norm2 * scale, scale * (inverse - norm / (shifted + shifted))};
+      const V factor = norm2 * inverse / shifted;
+      return {factor, factor * (inverse - half * (norm / shifted))};
     }
     case SquashForm::pow_clamp: {
       const T exponent = T(squash.power);
       const V norm = Math::select(nonzero, Math::sqrt(safe), zero);
       const V floor = zero + eps;
       const auto clamped = norm <= floor;
-      const V factor = Math::power(safe * inverse, exponent) / Math::select(clamped, floor, norm);
-      const V half = Math::select(clamped, zero, zero + T(0.5));
-      return {Math::select(nonzero, factor, zero),
-              Math::select(nonzero, factor / safe * (exponent * inverse - half), zero)};
+      const V powered = Math::power(safe * inverse, exponent) / Math::select(clamped, floor, norm);
+      const V factor = Math::select(nonzero, powered, zero);
+      return {factor, factor * (exponent * inverse - Math::select(clamped, zero, half))};
     }
     case SquashForm::no_div:
     case SquashForm::none_eps: {
-      const V factor = Math::sqrt(safe) * inverse;
-      const V slope = factor / safe * (zero + T(0.5) - norm2 * inverse);
-      return {Math::select(nonzero, factor, zero), Math::select(nonzero, slope, zero)};
+      const V factor = Math::select(nonzero, Math::sqrt(safe) * inverse, zero);
+      return {factor, factor * (half - norm2 * inverse)};
     }
     case SquashForm::identity:
       break;

@@ -440,7 +440,9 @@ MIMNET_FAST_INLINE void squash_backward_lanes(Vec<T>* grad, const Vec<T>* x, int
     dot += x[d] * grad[d];
   }
   const SquashFactor<Vec<T>> f = squash_factor<LaneMath<T>>(norm2, squash);
-  const Vec<T> along = (f.slope + f.slope) * dot;
+  const auto nonzero = norm2 > T(0);
+  const Vec<T> share = dot / select(nonzero, norm2, splat(T(1)));
+  const Vec<T> along = select(nonzero, (f.radial + f.radial) * share, Vec<T>{});
   for (int64_t d = 0; d < count; ++d) grad[d] = f.factor * grad[d] + along * x[d];
 }
 
