@@ -1,9 +1,9 @@
-// Which function serves which op on the CPU.
+// Which function serves which op, on the device that MIMNET_FAST_DISPATCH_KEY names.
 #include "binding/ops.h"
 
 namespace b = mimnet_fast::binding;
 
-STABLE_TORCH_LIBRARY_IMPL(mimnet_fast, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mimnet_fast, MIMNET_FAST_DISPATCH_KEY, m) {
   m.impl("squash", TORCH_BOX(&b::squash));
   m.impl("squash_backward", TORCH_BOX(&b::squash_backward));
   m.impl("dynamic_routing", TORCH_BOX(&b::dynamic_routing));

@@ -14,7 +14,8 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
   Tensor out = empty(inputs, {batch, num_capsules, d});
   Tensor coupling = empty(inputs, {batch, num_capsules, length}, saved);
   Tensor pooled = empty(inputs, {batch, num_capsules, d_in}, saved);
-  cpu::RoutingArgs args{};
+  Device device(inputs);
+  RoutingArgs args{};
   args.inputs = view(inputs);
   args.weight = view(weight);
   args.logits = view(logits);
@@ -31,8 +32,8 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
   args.out = view(out);
   args.coupling = view(coupling);
   args.pooled = view(pooled);
-  args.parallel = parallel();
-  cpu::kernels().dynamic_routing(args);
+  args.execution = device.execution();
+  kernels().dynamic_routing(args);
   return {out, coupling, pooled};
 }
 
@@ -40,7 +41,8 @@ Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor wei
                                   Tensor coupling, Tensor pooled, bool final_squash, int64_t squash,
                                   double eps, double power, int64_t needs) {
   const auto grads = gradients_like<2>({inputs, weight}, inputs, needs);
-  cpu::RoutingArgs args{};
+  Device device(inputs);
+  RoutingArgs args{};
   args.inputs = view(inputs);
   args.weight = view(weight);
   args.capsules = coupling.size(1);
@@ -53,8 +55,8 @@ Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor wei
   args.grad = view(grad);
   args.grad_inputs = wanted(grads, needs, 0);
   args.grad_weight = wanted(grads, needs, 1);
-  args.parallel = parallel();
-  cpu::kernels().dynamic_routing_backward(args);
+  args.execution = device.execution();
+  kernels().dynamic_routing_backward(args);
   return std::tuple_cat(grads);
 }
 

@@ -3,30 +3,15 @@
 namespace mimnet_fast::binding {
 namespace {
 
-// Ids address memory, so they are checked where they are used; everything else was checked in
-// Python.
-void check_ids(const cpu::View& ids, int64_t rows) {
-  for (int64_t i = 0; i < ids.size[0]; ++i) {
-    for (int64_t j = 0; j < ids.size[1]; ++j) {
-      const int64_t offset = i * ids.stride[0] + j * ids.stride[1];
-      const int64_t id = ids.dtype == cpu::DType::int64
-                             ? static_cast<const int64_t*>(ids.data)[offset]
-                             : static_cast<const int32_t*>(ids.data)[offset];
-      STD_TORCH_CHECK(id >= 0 && id < rows, "history: got id ", id, ", need 0 to ", rows - 1,
-                      " (a row of the table)");
-    }
-  }
-}
-
-cpu::MIMNetArgs arguments(const Tensor& history, const OptionalTensor& table, const Tensor& source,
-                          const Tensor& item, const Tensor& prototype, const Tensor& routing_weight,
-                          const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                          const cpu::FusionWeights& fusion, const Tensor& logits,
-                          const OptionalTensor& mask, int64_t iterations, int64_t padding) {
-  cpu::MIMNetArgs args{};
+MIMNetArgs arguments(Device& device, const Tensor& history, const OptionalTensor& table,
+                     const Tensor& source, const Tensor& item, const Tensor& prototype,
+                     const Tensor& routing_weight, const Tensor& w1, const Tensor& b1,
+                     const Tensor& w2, const Tensor& b2, const FusionWeights& fusion,
+                     const Tensor& logits, const OptionalTensor& mask, int64_t iterations,
+                     int64_t padding) {
+  MIMNetArgs args{};
   args.history = view(history);
   args.table = view(table);
-  if (table.has_value()) check_ids(args.history, table->size(0));
   args.source = view(source);
   args.item = view(item);
   args.prototype = view(prototype);
@@ -40,7 +25,7 @@ cpu::MIMNetArgs arguments(const Tensor& history, const OptionalTensor& table, co
   args.mask = view(mask);
   args.iterations = iterations;
   args.padding = Padding(padding);
-  args.parallel = parallel();
+  args.execution = device.execution();
   return args;
 }
 
@@ -57,15 +42,16 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
   Tensor ratings = empty(source, {batch});
   Tensor pooled = empty(source, {batch, k, d}, saved);
   Tensor transferred = empty(source, {batch, k, d}, saved);
-  cpu::MIMNetArgs args =
-      arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
+  Device device(source);
+  MIMNetArgs args =
+      arguments(device, history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
                 fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
                                fusion_weight, fusion_bias),
                 logits, mask, iterations, padding);
   args.ratings = view(ratings);
   args.pooled = view(pooled);
   args.transferred = view(transferred);
-  cpu::kernels().mimnet_forward(args);
+  kernels().mimnet_forward(args);
   return {ratings, pooled, transferred};
 }
 
@@ -82,8 +68,9 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
       {history, source, item, prototype, routing_weight, w1, b1, w2, b2, fine_kw, fine_kb, fine_vw,
        fine_vb, coarse_kw, coarse_kb, coarse_vw, coarse_vb, fusion_weight, fusion_bias},
       source, needs);
-  cpu::MIMNetArgs args =
-      arguments(history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
+  Device device(source);
+  MIMNetArgs args =
+      arguments(device, history, table, source, item, prototype, routing_weight, w1, b1, w2, b2,
                 fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
                                fusion_weight, fusion_bias),
                 logits, mask, iterations, padding);
@@ -100,7 +87,7 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
   args.grad_w2 = wanted(grads, needs, 7);
   args.grad_b2 = wanted(grads, needs, 8);
   args.grad_fusion = fusion_gradients(grads, needs, 9);
-  cpu::kernels().mimnet_forward_backward(args);
+  kernels().mimnet_forward_backward(args);
   return std::tuple_cat(grads);
 }
 

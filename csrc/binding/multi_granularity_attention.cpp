@@ -3,14 +3,14 @@
 namespace mimnet_fast::binding {
 namespace {
 
-cpu::MultiGranularityArgs arguments(const Tensor& item, const Tensor& prototype,
-                                    const Tensor& interests, const cpu::FusionWeights& weights) {
-  cpu::MultiGranularityArgs args{};
+MultiGranularityArgs arguments(Device& device, const Tensor& item, const Tensor& prototype,
+                               const Tensor& interests, const FusionWeights& weights) {
+  MultiGranularityArgs args{};
   args.item = with_candidates(item, 3);
   args.prototype = with_candidates(prototype, 3);
   args.interests = view(interests);
   args.weights = weights;
-  args.parallel = parallel();
+  args.execution = device.execution();
   return args;
 }
 
@@ -24,13 +24,14 @@ Tensors2 multi_granularity_attention(Tensor item, Tensor prototype, Tensor inter
   std::vector<int64_t> sizes = sizes_of(item);
   sizes.pop_back();
   Tensor gate = empty(item, sizes);
-  cpu::MultiGranularityArgs args =
-      arguments(item, prototype, interests,
+  Device device(item);
+  MultiGranularityArgs args =
+      arguments(device, item, prototype, interests,
                 fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
                                fusion_weight, fusion_bias));
   args.out = with_candidates(out, 3);
   args.gate = with_candidates(gate, 2);
-  cpu::kernels().multi_granularity_attention(args);
+  kernels().multi_granularity_attention(args);
   return {out, gate};
 }
 
@@ -44,8 +45,9 @@ Tensors13 multi_granularity_attention_backward(Tensor grad, OptionalTensor grad_
       gradients_like<13>({item, prototype, interests, fine_kw, fine_kb, fine_vw, fine_vb, coarse_kw,
                           coarse_kb, coarse_vw, coarse_vb, fusion_weight, fusion_bias},
                          item, needs);
-  cpu::MultiGranularityArgs args =
-      arguments(item, prototype, interests,
+  Device device(item);
+  MultiGranularityArgs args =
+      arguments(device, item, prototype, interests,
                 fusion_weights(fine_kw, fine_vw, fine_vb, coarse_kw, coarse_vw, coarse_vb,
                                fusion_weight, fusion_bias));
   args.grad = with_candidates(grad, 3);
@@ -54,7 +56,7 @@ Tensors13 multi_granularity_attention_backward(Tensor grad, OptionalTensor grad_
   if (needs & 2) args.grad_prototype = with_candidates(grads[1], 3);
   args.grad_interests = wanted(grads, needs, 2);
   args.grad_weights = fusion_gradients(grads, needs, 3);
-  cpu::kernels().multi_granularity_attention_backward(args);
+  kernels().multi_granularity_attention_backward(args);
   return std::tuple_cat(grads);
 }
 

@@ -5,28 +5,29 @@ namespace {
 
 // Kernels take four dimensions; more are folded into two, which copies if the strides do not fit.
 Tensor foldable(const Tensor& x) {
-  if (x.dim() <= cpu::kMaxDims) return x;
+  if (x.dim() <= kMaxDims) return x;
   return torch::stable::reshape(x, {-1, x.size(x.dim() - 1)});
 }
 
 Tensor run(const Tensor& x, const Tensor* grad, const Squash& form) {
   const Tensor folded = foldable(x);
   Tensor out = empty(folded, sizes_of(folded));
-  cpu::SquashArgs args{};
+  Device device(x);
+  SquashArgs args{};
   args.x = view(folded);
   args.out = view(out);
   args.squash = form;
-  args.parallel = parallel();
+  args.execution = device.execution();
   if (x.numel() > 0) {
     if (grad != nullptr) {
       const Tensor folded_grad = foldable(*grad);
       args.grad = view(folded_grad);
-      cpu::kernels().squash_backward(args);
+      kernels().squash_backward(args);
     } else {
-      cpu::kernels().squash(args);
+      kernels().squash(args);
     }
   }
-  return x.dim() <= cpu::kMaxDims ? out : torch::stable::view(out, sizes_of(x));
+  return x.dim() <= kMaxDims ? out : torch::stable::view(out, sizes_of(x));
 }
 
 }  // namespace

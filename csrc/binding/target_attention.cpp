@@ -3,11 +3,11 @@
 namespace mimnet_fast::binding {
 namespace {
 
-cpu::AttentionArgs arguments(const Tensor& query, const Tensor& interests,
-                             const OptionalTensor& key_weight, const OptionalTensor& value_weight,
-                             const OptionalTensor& value_bias, const OptionalTensor& capsule_mask,
-                             double scale, int64_t power, bool hard) {
-  cpu::AttentionArgs args{};
+AttentionArgs arguments(Device& device, const Tensor& query, const Tensor& interests,
+                        const OptionalTensor& key_weight, const OptionalTensor& value_weight,
+                        const OptionalTensor& value_bias, const OptionalTensor& capsule_mask,
+                        double scale, int64_t power, bool hard) {
+  AttentionArgs args{};
   args.query = with_candidates(query, 3);
   args.interests = view(interests);
   args.weights = {view(key_weight), view(value_weight), view(value_bias)};
@@ -15,7 +15,7 @@ cpu::AttentionArgs arguments(const Tensor& query, const Tensor& interests,
   args.scale = scale;
   args.power = power;
   args.hard = hard;
-  args.parallel = parallel();
+  args.execution = device.execution();
   return args;
 }
 
@@ -28,11 +28,12 @@ Tensors2 target_attention(Tensor query, Tensor interests, OptionalTensor key_wei
   std::vector<int64_t> sizes = sizes_of(query);
   sizes.back() = interests.size(1);
   Tensor coefficients = empty(query, sizes);
-  cpu::AttentionArgs args = arguments(query, interests, key_weight, value_weight, value_bias,
-                                      capsule_mask, scale, power, hard);
+  Device device(query);
+  AttentionArgs args = arguments(device, query, interests, key_weight, value_weight, value_bias,
+                                 capsule_mask, scale, power, hard);
   args.out = with_candidates(out, 3);
   args.coefficients = with_candidates(coefficients, 3);
-  cpu::kernels().target_attention(args);
+  kernels().target_attention(args);
   return {out, coefficients};
 }
 
@@ -43,14 +44,15 @@ Tensors6 target_attention_backward(Tensor grad, OptionalTensor grad_weights, Ten
                                    double scale, int64_t power, bool hard, int64_t needs) {
   const auto grads = gradients_like<6>(
       {query, interests, key_weight, key_bias, value_weight, value_bias}, query, needs);
-  cpu::AttentionArgs args = arguments(query, interests, key_weight, value_weight, value_bias,
-                                      capsule_mask, scale, power, hard);
+  Device device(query);
+  AttentionArgs args = arguments(device, query, interests, key_weight, value_weight, value_bias,
+                                 capsule_mask, scale, power, hard);
   args.grad = with_candidates(grad, 3);
   if (grad_weights.has_value()) args.grad_coefficients = with_candidates(*grad_weights, 3);
   if (needs & 1) args.grad_query = with_candidates(grads[0], 3);
   args.grad_interests = wanted(grads, needs, 1);
   args.grad_weights = {wanted(grads, needs, 2), wanted(grads, needs, 4), wanted(grads, needs, 5)};
-  cpu::kernels().target_attention_backward(args);
+  kernels().target_attention_backward(args);
   Tensor key_bias_grad = grads[3];
   torch::stable::zero_(key_bias_grad);  // the softmax does not see the key bias
   return std::tuple_cat(grads);

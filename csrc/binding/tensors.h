@@ -11,40 +11,39 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/dispatch.h"
+#include "device.h"
 
 namespace mimnet_fast::binding {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-inline cpu::DType dtype_of(const Tensor& tensor) {
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
-      return cpu::DType::float32;
+      return DType::float32;
     case ScalarType::Double:
-      return cpu::DType::float64;
+      return DType::float64;
     case ScalarType::BFloat16:
-      return cpu::DType::bfloat16;
+      return DType::bfloat16;
     case ScalarType::Half:
-      return cpu::DType::float16;
+      return DType::float16;
     case ScalarType::Int:
-      return cpu::DType::int32;
+      return DType::int32;
     case ScalarType::Long:
-      return cpu::DType::int64;
+      return DType::int64;
     case ScalarType::Bool:
-      return cpu::DType::boolean;
+      return DType::boolean;
     default:
       STD_TORCH_CHECK(false, "mimnet_fast: a kernel got a tensor of a dtype it does not know");
   }
 }
 
-inline cpu::View view(const Tensor& tensor) {
-  cpu::View v;
+inline View view(const Tensor& tensor) {
+  View v;
   v.data = tensor.data_ptr();
   v.dtype = dtype_of(tensor);
   v.dims = int(tensor.dim());
-  STD_TORCH_CHECK(v.dims <= cpu::kMaxDims, "mimnet_fast: a kernel got a tensor of ", v.dims,
+  STD_TORCH_CHECK(v.dims <= kMaxDims, "mimnet_fast: a kernel got a tensor of ", v.dims,
                   " dimensions");
   for (int d = 0; d < v.dims; ++d) {
     v.size[d] = tensor.size(d);
@@ -57,13 +56,13 @@ inline cpu::View view(const Tensor& tensor) {
   return v;
 }
 
-inline cpu::View view(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? view(*tensor) : cpu::View{};
+inline View view(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? view(*tensor) : View{};
 }
 
 // [B, D] as [B, 1, D] (and [B] as [B, 1] with rank 2): one candidate per user.
-inline cpu::View with_candidates(const Tensor& tensor, int rank) {
-  cpu::View v = view(tensor);
+inline View with_candidates(const Tensor& tensor, int rank) {
+  View v = view(tensor);
   if (v.dims == rank) return v;
   for (int d = v.dims; d > 1; --d) {
     v.size[d] = v.size[d - 1];
@@ -108,14 +107,14 @@ std::array<Tensor, N> gradients_like(const std::array<std::optional<Tensor>, N>&
 
 // The view of gradient i, empty when it is not wanted.
 template <size_t N>
-cpu::View wanted(const std::array<Tensor, N>& gradients, int64_t needs, int i) {
-  return needs >> i & 1 ? view(gradients[i]) : cpu::View{};
+View wanted(const std::array<Tensor, N>& gradients, int64_t needs, int i) {
+  return needs >> i & 1 ? view(gradients[i]) : View{};
 }
 
-inline cpu::FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fine_vw,
-                                         const Tensor& fine_vb, const Tensor& coarse_kw,
-                                         const Tensor& coarse_vw, const Tensor& coarse_vb,
-                                         const Tensor& weight, const Tensor& bias) {
+inline FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fine_vw,
+                                    const Tensor& fine_vb, const Tensor& coarse_kw,
+                                    const Tensor& coarse_vw, const Tensor& coarse_vb,
+                                    const Tensor& weight, const Tensor& bias) {
   return {{view(fine_kw), view(fine_vw), view(fine_vb)},
           {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
           view(weight),
@@ -125,19 +124,10 @@ inline cpu::FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fi
 // The gradients of both attentions and the gate, in the order of the schemas, starting at `first`.
 // The key biases stay out: the softmax does not see them.
 template <size_t N>
-cpu::FusionWeights fusion_gradients(std::array<Tensor, N>& gradients, int64_t needs, int first) {
+FusionWeights fusion_gradients(std::array<Tensor, N>& gradients, int64_t needs, int first) {
   const auto at = [&](int i) { return wanted(gradients, needs, first + i); };
   for (const int key_bias : {1, 5}) torch::stable::zero_(gradients[first + key_bias]);
   return {{at(0), at(2), at(3)}, {at(4), at(6), at(7)}, at(8), at(9)};
-}
-
-inline cpu::Parallel parallel() {
-  return {[](int64_t count, int64_t grain, void* context, cpu::Parallel::Body body) {
-            torch::stable::parallel_for(
-                0, count, grain,
-                [context, body](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          int64_t(torch::stable::get_num_threads())};
 }
 
 }  // namespace mimnet_fast::binding

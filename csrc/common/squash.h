@@ -4,13 +4,8 @@
 // names Value and Scalar and offers sqrt, power and select.
 #pragma once
 
+#include "inline.h"
 #include "options.h"
-
-#if defined(__CUDACC__)
-#define MIMNET_FAST_SHARED __host__ __device__ __forceinline__
-#else
-#define MIMNET_FAST_SHARED inline __attribute__((always_inline))
-#endif
 
 namespace mimnet_fast {
 
@@ -23,7 +18,7 @@ struct SquashFactor {
 };
 
 template <class Math>
-MIMNET_FAST_SHARED SquashFactor<typename Math::Value> squash_factor(typename Math::Value norm2,
+MIMNET_FAST_INLINE SquashFactor<typename Math::Value> squash_factor(typename Math::Value norm2,
                                                                     const Squash& squash) {
   using V = typename Math::Value;
   using T = typename Math::Scalar;

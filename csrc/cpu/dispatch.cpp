@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/kernels.h"
+
 namespace mimnet_fast::cpu {
 
 #if defined(MIMNET_FAST_HAVE_X86_VARIANTS)
@@ -40,11 +42,11 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
-
-const char* isa_name() { return kernels().isa; }
+const char* isa_name() { return kernels().target; }
 
 }  // namespace mimnet_fast::cpu
+
+const mimnet_fast::Kernels& mimnet_fast::kernels() {
+  static const Kernels& chosen = cpu::choose();
+  return chosen;
+}

@@ -222,8 +222,8 @@ template <class T>
 void forward(const RoutingArgs& args) {
   const Parameter<T> weight(args.weight);
   const RoutingPlan<T> p = make_plan(args, weight.get());
-  const Blocks<T> blocks(args.inputs.size[0], args.parallel.threads);
-  args.parallel(blocks.groups, p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
+  const Blocks<T> blocks(args.inputs.size[0], args.execution.parallel.threads);
+  args.execution.parallel(blocks.groups, p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(RoutingState<T>::vectors(p));
     RoutingState<T> s(p, scratch);
     for (int64_t g = begin; g < end; ++g) {
@@ -252,9 +252,9 @@ void backward(const RoutingArgs& args) {
     pooled_rows.allocate(batch * k, p.d_in);
     capsule_rows.allocate(batch * k, p.d);
   }
-  const Blocks<T> blocks(batch, args.parallel.threads);
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t work = k * p.d_in * (p.length + 2 * p.d);
-  args.parallel(blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
+  args.execution.parallel(blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(k * (2 * p.d_in + 2 * p.d + p.length) + p.input_vectors());
     Vec<T>* pooled = scratch.take(k * p.d_in);
     Vec<T>* pooled_grad = scratch.take(k * p.d_in);
@@ -301,7 +301,7 @@ void backward(const RoutingArgs& args) {
     }
     gradients.add({pooled_rows.get() + i * pw, matrices * pw, capsule_rows.get() + i * cw,
                    matrices * cw, batch * k / matrices, p.d_in, p.d, out});
-    gradients.run_all(args.parallel);
+    gradients.run_all(args.execution.parallel);
   }
 }
 

@@ -268,27 +268,28 @@ void forward(const BridgeArgs& args) {
   const Pairs<T> pairs(args);
   const int64_t batch = pairs.batch(args.interests.size[0]), k = pairs.interests();
   const BridgePlan<T> p(args.w1, args.b1, args.w2, args.b2, k,
-                        args.source.size[args.source.dims - 1], args.parallel);
-  const Blocks<T> blocks(batch, args.parallel.threads);
+                        args.source.size[args.source.dims - 1], args.execution.parallel);
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t g_most = blocks.per_block;
-  args.parallel(blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
-    const int64_t own = g_most * (k * p.d_interest + p.d_source + k * p.d_target);
-    Scratch<T> scratch(own + p.forward_vectors(g_most));
-    Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
-    Vec<T>* source = scratch.take(g_most * p.d_source);
-    Vec<T>* out = scratch.take(g_most * k * p.d_target);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t groups = blocks.size(block);
-      for (int64_t g = 0; g < groups; ++g) {
-        pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
-        pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
-      }
-      bridge_forward(p, out, interests, source, groups, scratch);
-      for (int64_t g = 0; g < groups; ++g) {
-        pairs.store(out + g * k * p.d_target, args.out, blocks.group(block, g));
-      }
-    }
-  });
+  args.execution.parallel(
+      blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
+        const int64_t own = g_most * (k * p.d_interest + p.d_source + k * p.d_target);
+        Scratch<T> scratch(own + p.forward_vectors(g_most));
+        Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
+        Vec<T>* source = scratch.take(g_most * p.d_source);
+        Vec<T>* out = scratch.take(g_most * k * p.d_target);
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t groups = blocks.size(block);
+          for (int64_t g = 0; g < groups; ++g) {
+            pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
+            pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
+          }
+          bridge_forward(p, out, interests, source, groups, scratch);
+          for (int64_t g = 0; g < groups; ++g) {
+            pairs.store(out + g * k * p.d_target, args.out, blocks.group(block, g));
+          }
+        }
+      });
 }
 
 template <class T>
@@ -296,44 +297,45 @@ void backward(const BridgeArgs& args) {
   const Pairs<T> pairs(args);
   const int64_t batch = pairs.batch(args.interests.size[0]), k = pairs.interests();
   const BridgePlan<T> p(args.w1, args.b1, args.w2, args.b2, k,
-                        args.source.size[args.source.dims - 1], args.parallel);
+                        args.source.size[args.source.dims - 1], args.execution.parallel);
   BridgeRows<T> rows(p, batch);
-  const Blocks<T> blocks(batch, args.parallel.threads);
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t g_most = blocks.per_block;
-  args.parallel(blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
-    const int64_t own = g_most * (2 * k * p.d_interest + 2 * p.d_source + k * p.d_target);
-    Scratch<T> scratch(own + p.backward_vectors(g_most));
-    Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
-    Vec<T>* interests_grad = scratch.take(g_most * k * p.d_interest);
-    Vec<T>* source = scratch.take(g_most * p.d_source);
-    Vec<T>* source_grad = scratch.take(g_most * p.d_source);
-    Vec<T>* grad = scratch.take(g_most * k * p.d_target);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t groups = blocks.size(block);
-      for (int64_t g = 0; g < groups; ++g) {
-        pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
-        pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
-        pairs.load(grad + g * k * p.d_target, args.grad, blocks.group(block, g));
-      }
-      bridge_backward(p, args.grad_interests ? interests_grad : nullptr,
-                      args.grad_source ? source_grad : nullptr, grad, interests, source, blocks,
-                      block, rows, scratch);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = blocks.group(block, g);
-        if (args.grad_interests) {
-          pairs.store(interests_grad + g * k * p.d_interest, args.grad_interests, group);
+  args.execution.parallel(
+      blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
+        const int64_t own = g_most * (2 * k * p.d_interest + 2 * p.d_source + k * p.d_target);
+        Scratch<T> scratch(own + p.backward_vectors(g_most));
+        Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
+        Vec<T>* interests_grad = scratch.take(g_most * k * p.d_interest);
+        Vec<T>* source = scratch.take(g_most * p.d_source);
+        Vec<T>* source_grad = scratch.take(g_most * p.d_source);
+        Vec<T>* grad = scratch.take(g_most * k * p.d_target);
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t groups = blocks.size(block);
+          for (int64_t g = 0; g < groups; ++g) {
+            pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
+            pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
+            pairs.load(grad + g * k * p.d_target, args.grad, blocks.group(block, g));
+          }
+          bridge_backward(p, args.grad_interests ? interests_grad : nullptr,
+                          args.grad_source ? source_grad : nullptr, grad, interests, source, blocks,
+                          block, rows, scratch);
+          for (int64_t g = 0; g < groups; ++g) {
+            const Group group = blocks.group(block, g);
+            if (args.grad_interests) {
+              pairs.store(interests_grad + g * k * p.d_interest, args.grad_interests, group);
+            }
+            if (args.grad_source) {
+              pairs.store(source_grad + g * p.d_source, args.grad_source, group);
+            }
+          }
         }
-        if (args.grad_source) {
-          pairs.store(source_grad + g * p.d_source, args.grad_source, group);
-        }
-      }
-    }
-  });
+      });
   WeightGradients<T> gradients;
   add_bridge_gradients(p, rows, batch, {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2},
                        gradients);
-  const BridgeW2Gradient<T> w2(p, rows, batch, args.grad_w2, args.parallel.threads);
-  run_gradients(gradients, w2, p.work() * batch, args.parallel);
+  const BridgeW2Gradient<T> w2(p, rows, batch, args.grad_w2, args.execution.parallel.threads);
+  run_gradients(gradients, w2, p.work() * batch, args.execution.parallel);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 #endif
 
 #include "../common/squash.h"
-#include "view.h"
+#include "../common/view.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 

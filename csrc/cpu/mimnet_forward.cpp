@@ -1,3 +1,6 @@
+#include <stdexcept>
+#include <string>
+
 #include "dynamic_routing.h"
 #include "interest_bridge.h"
 #include "multi_granularity_attention.h"
@@ -20,9 +23,9 @@ struct Plan {
         k(args.logits.size[1]),
         d(args.source.size[1]),
         routing_weight(args.routing_weight),
-        bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.parallel),
+        bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.execution.parallel),
         fusion(args.fusion, k, d),
-        blocks(batch, args.parallel.threads) {
+        blocks(batch, args.execution.parallel.threads) {
     routing = {};
     routing.length = args.history.size[1];
     routing.capsules = k;
@@ -43,6 +46,21 @@ struct Plan {
     return (routing.work() + bridge.work() + fusion.work()) * kLanes<T> * blocks.per_block;
   }
 };
+
+// Ids address memory, so they are checked where they are used; everything else was checked before.
+void check_ids(const View& ids, const View& table) {
+  if (!table) return;
+  for (int64_t i = 0; i < ids.size[0]; ++i) {
+    for (int64_t j = 0; j < ids.size[1]; ++j) {
+      const char* id = at(ids, i, j);
+      const int64_t row = ids.dtype == DType::int64 ? *reinterpret_cast<const int64_t*>(id)
+                                                    : *reinterpret_cast<const int32_t*>(id);
+      if (row >= 0 && row < table.size[0]) continue;
+      throw std::runtime_error("history: got id " + std::to_string(row) + ", need 0 to " +
+                               std::to_string(table.size[0] - 1) + " (a row of the table)");
+    }
+  }
+}
 
 // The histories of one group, gathered from the table where they are ids.
 template <class T>
@@ -68,7 +86,7 @@ template <class T>
 void forward(const MIMNetArgs& args) {
   const Plan<T> p(args);
   const int64_t k = p.k, d = p.d, most = p.blocks.per_block;
-  args.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
+  args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (2 * k * d + 3 * d) + RoutingState<T>::vectors(p.routing) +
                        FusionState<T>::vectors(p.fusion, most) + p.bridge.forward_vectors(most));
     Vec<T>* interests = scratch.take(most * k * d);
@@ -128,7 +146,7 @@ void backward(const MIMNetArgs& args) {
   Rows<T> pooled_rows, capsule_rows;
   pooled_rows.allocate(batch * k, d);
   capsule_rows.allocate(batch * k, d);
-  args.parallel(p.blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
+  args.execution.parallel(p.blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (5 * k * d + 7 * d) + k * d + RoutingState<T>::vectors(p.routing) +
                        FusionState<T>::vectors(p.fusion, most) + p.bridge.backward_vectors(most));
     Vec<T>* capsules = scratch.take(most * k * d);
@@ -202,17 +220,20 @@ void backward(const MIMNetArgs& args) {
   add_bridge_gradients<T>(p.bridge, bridge_rows, batch,
                           {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2}, gradients);
   fusion_rows.add(p.fusion, batch, args.grad_fusion, gradients);
-  const BridgeW2Gradient<T> w2(p.bridge, bridge_rows, batch, args.grad_w2, args.parallel.threads);
-  run_gradients(gradients, w2, p.bridge.work() * batch, args.parallel);
+  const BridgeW2Gradient<T> w2(p.bridge, bridge_rows, batch, args.grad_w2,
+                               args.execution.parallel.threads);
+  run_gradients(gradients, w2, p.bridge.work() * batch, args.execution.parallel);
 }
 
 }  // namespace
 
 void mimnet_forward(const MIMNetArgs& args) {
+  check_ids(args.history, args.table);
   args.source.dtype == DType::float64 ? forward<double>(args) : forward<float>(args);
 }
 
 void mimnet_forward_backward(const MIMNetArgs& args) {
+  check_ids(args.history, args.table);
   args.source.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 

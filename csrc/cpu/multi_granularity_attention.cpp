@@ -57,9 +57,9 @@ void forward(const MultiGranularityArgs& args) {
   const int64_t k = args.interests.size[1], d = args.interests.size[2];
   const int64_t candidates = args.item.size[1];
   const FusionPlan<T> p(args.weights, k, d);
-  const Blocks<T> blocks(args.item.size[0], args.parallel.threads);
+  const Blocks<T> blocks(args.item.size[0], args.execution.parallel.threads);
   const int64_t most = blocks.per_block, work = p.work() * kLanes<T> * most * candidates;
-  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+  args.execution.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (2 * d + k * d) + FusionState<T>::vectors(p, most));
     Vec<T>* item = scratch.take(most * d);
     Vec<T>* prototype = scratch.take(most * d);
@@ -91,9 +91,9 @@ void backward(const MultiGranularityArgs& args) {
   const int64_t candidates = args.item.size[1], batch = args.item.size[0];
   const FusionPlan<T> p(args.weights, k, d);
   FusionRows<T> rows(p, batch * candidates);
-  const Blocks<T> blocks(batch, args.parallel.threads);
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t most = blocks.per_block, work = 3 * p.work() * kLanes<T> * most * candidates;
-  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+  args.execution.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (5 * d + 2 * k * d + 1) + FusionState<T>::vectors(p, most));
     Vec<T>* item = scratch.take(most * d);
     Vec<T>* prototype = scratch.take(most * d);
@@ -138,7 +138,7 @@ void backward(const MultiGranularityArgs& args) {
   });
   WeightGradients<T> gradients;
   rows.add(p, batch * candidates, args.grad_weights, gradients);
-  gradients.run_all(args.parallel);
+  gradients.run_all(args.execution.parallel);
 }
 
 }  // namespace

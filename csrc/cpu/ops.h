@@ -1,7 +1,7 @@
 // Entry points of the kernels compiled for one instruction set.
 #pragma once
 
-#include "kernels.h"
+#include "../common/kernels.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 

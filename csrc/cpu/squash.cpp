@@ -21,8 +21,8 @@ void run(const SquashArgs& args) {
   int64_t rows = 1;
   for (int i = 0; i < last; ++i) rows *= args.x.size[i];
   const bool backward = bool(args.grad);
-  const Blocks<T> blocks(rows, args.parallel.threads);
-  args.parallel(blocks.groups, 4 * d * kLanes<T>, [&](int64_t begin, int64_t end) {
+  const Blocks<T> blocks(rows, args.execution.parallel.threads);
+  args.execution.parallel(blocks.groups, 4 * d * kLanes<T>, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(2 * d);
     Vec<T>* x = scratch.take(d);
     Vec<T>* grad = scratch.take(d);

@@ -144,9 +144,9 @@ void forward(const AttentionArgs& args) {
   const AttentionPlan<T> p(args.weights, args.interests.size[1], args.interests.size[2], args.scale,
                            args.power, args.hard);
   const int64_t k = p.interests, d = p.d, candidates = args.query.size[1];
-  const Blocks<T> blocks(args.query.size[0], args.parallel.threads);
+  const Blocks<T> blocks(args.query.size[0], args.execution.parallel.threads);
   const int64_t most = blocks.per_block, work = p.work() * kLanes<T> * most * candidates;
-  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+  args.execution.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (d + k * d + k) + AttentionState<T>::vectors(p, most));
     Vec<T>* query = scratch.take(most * d);
     Vec<T>* interests = scratch.take(most * k * d);
@@ -180,9 +180,9 @@ void backward(const AttentionArgs& args) {
   const int64_t k = p.interests, d = p.d, candidates = args.query.size[1];
   const int64_t batch = args.query.size[0];
   AttentionRows<T> rows(p, batch * candidates);
-  const Blocks<T> blocks(batch, args.parallel.threads);
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t most = blocks.per_block, work = 3 * p.work() * kLanes<T> * most * candidates;
-  args.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
+  args.execution.parallel(blocks.count, work, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(most * (3 * d + 2 * k * d + 2 * k) + AttentionState<T>::vectors(p, most));
     Vec<T>* query = scratch.take(most * d);
     Vec<T>* query_grad = scratch.take(most * d);
@@ -227,7 +227,7 @@ void backward(const AttentionArgs& args) {
   });
   WeightGradients<T> gradients;
   rows.add(p, batch * candidates, args.grad_weights, gradients);
-  gradients.run_all(args.parallel);
+  gradients.run_all(args.execution.parallel);
 }
 
 }  // namespace

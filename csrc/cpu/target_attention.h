@@ -4,7 +4,7 @@
 // score_k = (W_K^T q) . u_k and out = W_V (sum_k a_k u_k) + b_V sum_k a_k.
 #pragma once
 
-#include "kernels.h"
+#include "../common/kernels.h"
 #include "weight_gradients.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {

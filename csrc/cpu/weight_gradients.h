@@ -6,6 +6,7 @@
 // result does not depend on the number of threads, and there is nothing to reduce.
 #pragma once
 
+#include "../common/execution.h"
 #include "matmul.h"
 #include "memory.h"
 

@@ -10,10 +10,9 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "common/kernels.h"
 
 using namespace mimnet_fast;
-using namespace mimnet_fast::cpu;
 
 namespace {
 
@@ -152,7 +151,7 @@ void routing_case(DType t, Shape s, int weight, SoftmaxAxis axis, Padding paddin
   args.out = out;
   args.coupling = coupling;
   args.pooled = pooled;
-  args.parallel = two_threads();
+  args.execution.parallel = two_threads();
   kernels().dynamic_routing(args);
   args.grad = grad;
   args.grad_inputs = grad_inputs;
@@ -185,7 +184,7 @@ void bridge_case(DType t, Shape s, bool own_source) {
   args.w2 = w2;
   args.b2 = b2;
   args.out = out;
-  args.parallel = two_threads();
+  args.execution.parallel = two_threads();
   kernels().interest_bridge(args);
   args.grad = grad;
   args.grad_interests = grad_interests;
@@ -238,7 +237,7 @@ void attention_case(DType t, Shape s, int64_t candidates, bool hard) {
   args.hard = hard;
   args.out = out;
   args.coefficients = coefficients;
-  args.parallel = two_threads();
+  args.execution.parallel = two_threads();
   kernels().target_attention(args);
   args.grad = grad;
   args.grad_coefficients = grad_coefficients;
@@ -289,7 +288,7 @@ void fusion_case(DType t, Shape s, int64_t candidates) {
   args.weights = weights;
   args.out = out;
   args.gate = gate;
-  args.parallel = two_threads();
+  args.execution.parallel = two_threads();
   kernels().multi_granularity_attention(args);
   args.grad = grad;
   args.grad_gate = grad_gate;
@@ -341,7 +340,7 @@ void mimnet_case(DType t, Shape s, bool ids) {
   args.ratings = ratings;
   args.pooled = pooled;
   args.transferred = transferred;
-  args.parallel = two_threads();
+  args.execution.parallel = two_threads();
   kernels().mimnet_forward(args);
   args.grad = grad;
   if (!ids) args.grad_history = grad_history;
@@ -385,6 +384,6 @@ int main() {
       }
     }
   }
-  std::printf("%s: every kernel ran\n", isa_name());
+  std::printf("%s: every kernel ran\n", kernels().target);
   return 0;
 }

@@ -1,18 +1,20 @@
-// What the kernels of one instruction set offer, and their arguments. An empty view of a gradient
-// means that it is not wanted. Shapes are those of the ops; a batch of logits may have size 1.
+// What the kernels of a device or instruction set offer, and their arguments. An empty view of a
+// gradient means that it is not wanted. Shapes are those of the ops; a batch of logits may have
+// size 1.
 #pragma once
 
-#include "../common/options.h"
+#include "execution.h"
+#include "options.h"
 #include "view.h"
 
-namespace mimnet_fast::cpu {
+namespace mimnet_fast {
 
 struct SquashArgs {
   View x;     // [.., D], at most four dimensions
   View grad;  // backward only
   View out;   // squash(x), or in backward the gradient with respect to x
   Squash squash;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct RoutingArgs {
@@ -32,7 +34,7 @@ struct RoutingArgs {
   View pooled;    // [B,K,D_in]
   // Backward only: the gradient of out, and what is wanted.
   View grad, grad_inputs, grad_weight;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct BridgeArgs {
@@ -42,7 +44,7 @@ struct BridgeArgs {
   View out;   // [B,K,D_t]
   View grad;  // backward only, with the gradients below
   View grad_interests, grad_source, grad_w1, grad_b1, grad_w2, grad_b2;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct AttentionWeights {
@@ -62,7 +64,7 @@ struct AttentionArgs {
   View grad, grad_coefficients;
   View grad_query, grad_interests;
   AttentionWeights grad_weights;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct FusionWeights {
@@ -80,7 +82,7 @@ struct MultiGranularityArgs {
   View grad, grad_gate;
   View grad_item, grad_prototype, grad_interests;
   FusionWeights grad_weights;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct MIMNetArgs {
@@ -99,11 +101,11 @@ struct MIMNetArgs {
   View grad_history, grad_source, grad_item, grad_prototype;
   View grad_routing_weight, grad_w1, grad_b1, grad_w2, grad_b2;
   FusionWeights grad_fusion;
-  Parallel parallel;
+  Execution execution;
 };
 
 struct Kernels {
-  const char* isa;
+  const char* target;
   void (*squash)(const SquashArgs&);
   void (*squash_backward)(const SquashArgs&);
   void (*dynamic_routing)(const RoutingArgs&);
@@ -118,4 +120,7 @@ struct Kernels {
   void (*mimnet_forward_backward)(const MIMNetArgs&);
 };
 
-}  // namespace mimnet_fast::cpu
+// Those of the library that this is linked into, for the device at hand.
+const Kernels& kernels();
+
+}  // namespace mimnet_fast
