@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common/inline.h"
+#include "../common/execution.h"
 
 namespace mimnet_fast::cuda {
 
@@ -39,6 +39,15 @@ MIMNET_FAST_DEVICE char* shared_memory() {
 MIMNET_FAST_DEVICE void sync_block() { __syncthreads(); }
 MIMNET_FAST_DEVICE void sync_warp() { __syncwarp(); }
 
+// Arithmetic
+
+MIMNET_FAST_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
+MIMNET_FAST_DEVICE uint32_t float_as_bits(float x) { return __float_as_uint(x); }
+MIMNET_FAST_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+MIMNET_FAST_DEVICE float square_root(float x) { return sqrtf(x); }
+MIMNET_FAST_DEVICE float power(float x, float exponent) { return powf(x, exponent); }
+MIMNET_FAST_DEVICE float exponential(float x) { return expf(x); }
+
 // Storage types
 
 struct BFloat16 {
@@ -49,7 +58,7 @@ struct Float16 {
 };
 
 MIMNET_FAST_DEVICE float widen(float x) { return x; }
-MIMNET_FAST_DEVICE float widen(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+MIMNET_FAST_DEVICE float widen(BFloat16 x) { return bits_as_float(uint32_t(x.bits) << 16); }
 MIMNET_FAST_DEVICE float widen(Float16 x) {
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
@@ -167,8 +176,8 @@ inline DeviceLimits device_limits() {
 }
 
 template <class Args>
-void launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
-            const Args& args) {
+void launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes,
+            const Stream& stream, const Args& args) {
   if (blocks == 0) return;
   constexpr int64_t without_asking = 48 * 1024;
   if (shared_bytes > without_asking) {
@@ -177,7 +186,7 @@ void launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_by
           "cudaFuncSetAttribute");
   }
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes),
-           static_cast<cudaStream_t>(stream)>>>(args);
+           static_cast<cudaStream_t>(stream.handle)>>>(args);
   check(cudaGetLastError(), "kernel launch");
 }
 
