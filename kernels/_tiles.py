@@ -22,7 +22,7 @@ def padded(size: int, least: int = 1) -> int:
 @triton.jit
 def _split(x, STORAGE: tl.constexpr):
     """High and low part of a float32 tile, as the tensor cores of ``STORAGE`` take them."""
-    if STORAGE == tl.bfloat16:
+    if STORAGE.is_bf16():
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
     else:
@@ -36,7 +36,7 @@ def _split(x, STORAGE: tl.constexpr):
 def _dot(a, b, STORAGE: tl.constexpr):
     if _INTERPRETED:
         result = tl.dot(a.to(tl.float32), b.to(tl.float32))
-    elif STORAGE == tl.float32:
+    elif STORAGE.is_fp32():
         result = tl.dot(a, b, input_precision="ieee")
     elif a.dtype == b.dtype:
         result = tl.dot(a, b, input_precision="tf32")
@@ -52,7 +52,7 @@ def product(a, b, STORAGE: tl.constexpr):
     ``STORAGE`` is the dtype of the caller's tensors in memory, which says which tensor cores may
     serve: ``pointer.dtype.element_ty``. Each operand has this dtype or float32.
     """
-    if STORAGE == tl.float32 or (a.dtype == STORAGE and b.dtype == STORAGE):
+    if STORAGE.is_fp32() or (a.dtype == STORAGE and b.dtype == STORAGE):
         result = _dot(a, b, STORAGE)
     elif b.dtype == STORAGE:
         high, low = _split(a, STORAGE)
