@@ -19,6 +19,19 @@ def padded(size: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
+if triton.knobs.runtime.interpret:
+
+    def bound(n: tl.tensor) -> int:
+        """``n`` as the end of a loop, which the interpreter of Triton 3.6 spoils on NumPy 2.4."""
+        return n.handle.data.item() if isinstance(n, tl.tensor) else int(n)
+else:
+
+    @triton.jit
+    def bound(n):
+        """``n`` as the end of a loop."""
+        return n
+
+
 @triton.jit
 def _split(x, STORAGE: tl.constexpr):
     """High and low part of a float32 tile, as the tensor cores of ``STORAGE`` take them."""
