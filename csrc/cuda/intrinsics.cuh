@@ -84,6 +84,13 @@ MIMNET_FAST_DEVICE Float16 narrow<Float16>(float x) {
   return result;
 }
 
+// Two floats as bfloat16, the first in the low half.
+MIMNET_FAST_DEVICE uint32_t narrow_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // Global memory
 
 // Sixteen bytes that travel together; the address is a multiple of 16.
