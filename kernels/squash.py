@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._tiles import bound, padded
+from ._tiles import padded
 
 SQRT_EPS = tl.constexpr(0)
 NORM_PLUS_EPS = tl.constexpr(1)
@@ -19,7 +19,7 @@ POW_CLAMP = tl.constexpr(2)
 IDENTITY = tl.constexpr(5)
 
 _LONGEST_TILE = 1024
-_ELEMENTS = 2048
+_ELEMENTS = 1024
 
 
 @triton.jit
@@ -30,12 +30,12 @@ def squash_factor(norm2, FORM: tl.constexpr, eps, power):
     """
     nonzero = norm2 > 0
     safe = tl.where(nonzero, norm2, 1.0)
-    # The default division is 0 where the divisor exceeds 2^126.
-    inverse = tl.div_rn(tl.full(norm2.shape, 1.0, tl.float32), norm2 + 1.0)
+    # Quotients of quarters, because division gives 0 where the divisor exceeds 2^126.
+    inverse = 0.25 / (0.25 + 0.25 * norm2)
     if FORM == SQRT_EPS:
         root2 = norm2 + eps
         factor = norm2 * inverse / tl.sqrt(root2)
-        radial = factor * (inverse - 0.5 * tl.div_rn(norm2, root2))
+        radial = factor * (inverse - 0.5 * ((0.25 * norm2) / (0.25 * root2)))
     elif FORM == NORM_PLUS_EPS:
         norm = tl.where(nonzero, tl.sqrt(safe), 0.0)
         factor = norm2 * inverse / (norm + eps)
@@ -58,8 +58,8 @@ def squash_factor(norm2, FORM: tl.constexpr, eps, power):
 @triton.jit
 def _along(dot, norm2, radial):
     """How much of ``x`` its gradient holds, where ``dot`` is ``x . grad``."""
-    nonzero = norm2 > 0
-    return tl.where(nonzero, 2.0 * radial * tl.div_rn(dot, tl.where(nonzero, norm2, 1.0)), 0.0)
+    inverse_norm = 1.0 / tl.sqrt(tl.where(norm2 > 0, norm2, 1.0))
+    return 2.0 * (radial * inverse_norm) * (dot * inverse_norm)
 
 
 @triton.jit
@@ -81,25 +81,25 @@ def squash_tile_backward(grad, x, FORM: tl.constexpr, eps, power):
 
 @triton.jit
 def _row_offsets(row, size1, size2, stride0, stride1, stride2):
-    """Offset of a row of [size0, size1, size2, D]."""
+    """Offset of a row of [size0, size1, size2, D]; sizes of 1 are compiled in and cost nothing."""
     outer = row // size2
     return outer // size1 * stride0 + outer % size1 * stride1 + row % size2 * stride2
 
 
-@triton.jit(do_not_specialize=["rows", "size1", "size2"])
+@triton.jit(do_not_specialize=["rows"])
 def _squash_forward_kernel(
     x,
     out,
     rows,
     size1,
     size2,
-    D,
     x_stride0,
     x_stride1,
     x_stride2,
     x_stride_d,
     eps,
     power,
+    D: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -111,19 +111,19 @@ def _squash_forward_kernel(
     here = (row < rows) & (column < D)
     first = tl.load(x + column * x_stride_d, mask=here, other=0.0).to(tl.float32)
     norm2 = tl.sum(first * first, 1, keep_dims=True)
-    for start in range(TILE, bound(D), TILE):
+    for start in range(TILE, D, TILE):
         more = (row < rows) & (column + start < D)
         tile = tl.load(x + (column + start) * x_stride_d, mask=more, other=0.0).to(tl.float32)
         norm2 += tl.sum(tile * tile, 1, keep_dims=True)
     factor, _ = squash_factor(norm2, FORM, eps, power)
     tl.store(out + column, factor * first, mask=here)
-    for start in range(TILE, bound(D), TILE):
+    for start in range(TILE, D, TILE):
         more = (row < rows) & (column + start < D)
         tile = tl.load(x + (column + start) * x_stride_d, mask=more, other=0.0).to(tl.float32)
         tl.store(out + column + start, factor * tile, mask=more)
 
 
-@triton.jit(do_not_specialize=["rows", "size1", "size2"])
+@triton.jit(do_not_specialize=["rows"])
 def _squash_backward_kernel(
     grad,
     x,
@@ -131,7 +131,6 @@ def _squash_backward_kernel(
     rows,
     size1,
     size2,
-    D,
     grad_stride0,
     grad_stride1,
     grad_stride2,
@@ -142,6 +141,7 @@ def _squash_backward_kernel(
     x_stride_d,
     eps,
     power,
+    D: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -156,7 +156,7 @@ def _squash_backward_kernel(
     first_grad = tl.load(grad + column * grad_stride_d, mask=here, other=0.0).to(tl.float32)
     norm2 = tl.sum(first * first, 1, keep_dims=True)
     dot = tl.sum(first * first_grad, 1, keep_dims=True)
-    for start in range(TILE, bound(D), TILE):
+    for start in range(TILE, D, TILE):
         at = column + start
         more = (row < rows) & (at < D)
         tile = tl.load(x + at * x_stride_d, mask=more, other=0.0).to(tl.float32)
@@ -166,7 +166,7 @@ def _squash_backward_kernel(
     factor, radial = squash_factor(norm2, FORM, eps, power)
     along = _along(dot, norm2, radial)
     tl.store(grad_x + column, factor * first_grad + along * first, mask=here)
-    for start in range(TILE, bound(D), TILE):
+    for start in range(TILE, D, TILE):
         at = column + start
         more = (row < rows) & (at < D)
         tile = tl.load(x + at * x_stride_d, mask=more, other=0.0).to(tl.float32)
@@ -174,9 +174,11 @@ def _squash_backward_kernel(
         tl.store(grad_x + at, factor * tile_grad + along * tile, mask=more)
 
 
-def _folded(x: Tensor) -> Tensor:
-    """``x`` as [size0, size1, size2, D]; only of more dimensions this may be a copy."""
-    return x[(None,) * (4 - x.dim())].flatten(0, -4)
+def _folded(*tensors: Tensor) -> list[Tensor]:
+    """As [size0, size1, size2, D], one size where it can be; only of many dimensions a copy."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1, 1, 1, t.shape[-1]) for t in tensors]
+    return [t[(None,) * (4 - t.dim())].flatten(0, -4) for t in tensors]
 
 
 def _tiling(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -189,7 +191,7 @@ def squash(x: Tensor, form: int, eps: float, power: float) -> Tensor:
     """Squash along the last dimension of ``x`` ``[.., D]``."""
     out = x.new_empty(x.shape)
     grid, tiles = _tiling(x)
-    x = _folded(x)
+    (x,) = _folded(x)
     rows = x.shape[:-1].numel()
     launch(
         _squash_forward_kernel,
@@ -197,11 +199,12 @@ def squash(x: Tensor, form: int, eps: float, power: float) -> Tensor:
         x,
         out,
         rows,
-        *x.shape[1:],
+        *x.shape[1:3],
         *x.stride(),
         eps,
         power,
-        FORM=form,
+        x.shape[-1],
+        form,
         **tiles,
     )
     return out
@@ -211,7 +214,7 @@ def squash_backward(grad: Tensor, x: Tensor, form: int, eps: float, power: float
     """Gradient of ``x``."""
     grad_x = x.new_empty(x.shape)
     grid, tiles = _tiling(x)
-    grad, x = _folded(grad), _folded(x)
+    grad, x = _folded(grad, x)
     rows = x.shape[:-1].numel()
     launch(
         _squash_backward_kernel,
@@ -220,12 +223,13 @@ def squash_backward(grad: Tensor, x: Tensor, form: int, eps: float, power: float
         x,
         grad_x,
         rows,
-        *x.shape[1:],
+        *x.shape[1:3],
         *grad.stride(),
         *x.stride(),
         eps,
         power,
-        FORM=form,
+        x.shape[-1],
+        form,
         **tiles,
     )
     return grad_x
