@@ -2,12 +2,15 @@
 
 MIMNET_FAST_BUILD says what to compile:
 
-- auto (default): the CPU libraries; what does not compile is left out with a warning
+- auto (default): the CPU libraries, and the CUDA library where nvcc is on PATH and torch is a CUDA
+  build; what does not compile is left out with a warning
 - none: nothing, a pure Python package
 - cpu: the CPU libraries, or fail
-- cuda: the CPU and the CUDA libraries, or fail
+- cuda: the CPU and the CUDA libraries, or fail; a CPU build of torch is enough to compile them
 
-MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL limits the parallel compiler processes.
+TORCH_CUDA_ARCH_LIST ("9.0", "8.0;9.0+PTX") names the GPUs to compile for; without it all that nvcc
+and the kernels support, and PTX for later ones. MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL limits the
+parallel compiler processes.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "mimnet_fast"
 LIBRARIES_OF_MODE = {
-    "auto": ("_C", "_host"),
+    "auto": ("_C", "_host", "_C_cuda"),
     "none": (),
     "cpu": ("_C", "_host"),
     "cuda": ("_C", "_host", "_C_cuda"),
 }
 ALL_LIBRARIES = LIBRARIES_OF_MODE["cuda"]
 MINIMUM_TORCH = (2, 11)
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 FIND_TORCH = """
 import importlib.metadata, importlib.util, json
@@ -58,18 +62,30 @@ def build_mode() -> str:
         raise SystemExit(
             f"MIMNET_FAST_BUILD: got {mode!r}, need one of {', '.join(LIBRARIES_OF_MODE)}"
         )
-    if mode == "cuda":
-        if not any(ROOT.glob("csrc/cuda/*.cu")):
-            raise SystemExit(
-                "MIMNET_FAST_BUILD=cuda: this source tree has no CUDA kernels (csrc/cuda/*.cu). "
-                "Use MIMNET_FAST_BUILD=cpu."
-            )
-        if shutil.which("nvcc") is None:
-            raise SystemExit(
-                "MIMNET_FAST_BUILD=cuda: nvcc is not on PATH. Install the CUDA toolkit and add its "
-                "bin folder to PATH, or use MIMNET_FAST_BUILD=cpu."
-            )
+    if mode == "cuda" and shutil.which("nvcc") is None:
+        raise SystemExit(
+            "MIMNET_FAST_BUILD=cuda: nvcc is not on PATH. Install the CUDA toolkit and add its "
+            "bin folder to PATH, or use MIMNET_FAST_BUILD=cpu."
+        )
     return mode
+
+
+def cuda_architectures() -> list[str]:
+    """Compute capabilities to compile for, as in TORCH_CUDA_ARCH_LIST: "9.0", "12.0+PTX"."""
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if chosen:
+        return chosen
+    listing = subprocess.run(
+        ["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    )
+    known = [a for a in CUDA_ARCHITECTURES if f"sm_{a.replace('.', '')}" in listing.stdout.split()]
+    return [*known[:-1], f"{known[-1]}+PTX"]
+
+
+def cmake_architectures(architectures: list[str]) -> str:
+    """The same as CMake writes them: "80-real;120" (machine code alone; with PTX)."""
+    numbers = [a.replace(".", "") for a in architectures]
+    return ";".join(a.removesuffix("+PTX") if "+" in a else f"{a}-real" for a in numbers)
 
 
 def find_torch() -> tuple[Path, str]:
@@ -155,6 +171,8 @@ class CMakeBuild(build_ext):
                 Path(self.get_ext_filename(f"{PACKAGE}.{library}")).unlink(missing_ok=True)
 
     def build_extension(self, ext: CMakeExtension) -> None:
+        if ext.library == "_C_cuda" and MODE == "auto" and not self.cuda_is_wanted():
+            return
         try:
             build_dir = self.configured_build_dir
             jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or os.environ.get("MAX_JOBS")
@@ -179,8 +197,12 @@ class CMakeBuild(build_ext):
     @cached_property
     def configured_build_dir(self) -> Path:
         """Build folder kept between installs, so that only what changed is compiled again."""
-        torch_dir, torch_version = find_torch()
+        torch_dir, torch_version = self.torch
         self.facts["torch"] = torch_version
+        cuda = []
+        if MODE == "cuda" or (MODE == "auto" and self.cuda_is_wanted()):
+            self.facts["cuda_architectures"] = architectures = cuda_architectures()
+            cuda = [f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(architectures)}"]
         ninja = find_tool("ninja")
         generator = "ninja" if ninja else "make"
         build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-{generator}"
@@ -197,9 +219,27 @@ class CMakeBuild(build_ext):
                 f"-DTORCH_DIR={torch_dir}",
                 f"-DPYBIND11_INCLUDE_DIR={find_pybind11(torch_dir)}",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DMIMNET_FAST_CUDA={'ON' if cuda else 'OFF'}",
+                *cuda,
             ]
         )
         return build_dir
+
+    @cached_property
+    def torch(self) -> tuple[Path, str]:
+        return find_torch()
+
+    def cuda_is_wanted(self) -> bool:
+        """Whether a build that was not asked for CUDA has a use for it."""
+        try:
+            has_cuda = any(self.torch[0].glob("lib/libtorch_cuda*"))
+        except BuildError:  # which the other libraries report
+            return False
+        if has_cuda and shutil.which("nvcc"):
+            return True
+        missing = "nvcc is not on PATH" if has_cuda else "this torch is a CPU build"
+        self.problems["_C_cuda"] = f"not built: {missing} (MIMNET_FAST_BUILD=cuda insists)"
+        return False
 
     @property
     def cmake(self) -> str:

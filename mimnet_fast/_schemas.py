@@ -1,6 +1,7 @@
 """Declaration of every op, before any library is loaded.
 
-Ops exist without a compiler: `_C` and the Triton kernels only add implementations. Codes stand for
+Ops exist without a compiler: the libraries and the Triton kernels only add implementations. The
+compiled kernels of every device serve ``<op>``, the Triton kernels ``<op>_triton``. Codes stand for
 option names (`_options.py`). `needs` is a bit mask over the inputs of the forward op whose gradient
 is wanted; the others come back as empty tensors. A `mask` is boolean ``[B,L]`` or integer lengths
 ``[B]``.
@@ -64,3 +65,4 @@ SCHEMAS = (
 
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
+    LIBRARY.define(_schema.replace("(", "_triton(", 1))

@@ -8,14 +8,18 @@ once.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mimnet_fast import _schemas  # noqa: F401  (declares the ops that the libraries implement)
 
@@ -24,7 +28,9 @@ logger = logging.getLogger("mimnet_fast")
 NAMES = ("auto", "native", "triton", "reference")
 """What `backend=`, :func:`use_backend` and `MIMNET_FAST_BACKEND` accept."""
 
-_ORDER = ("native", "triton")
+_KERNELS = ("native", "triton")
+_AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
+"""What `auto` tries, by device; on the CPU, Triton only has an interpreter for tests."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,8 +49,9 @@ def _load(name: str) -> str | None:
     """Load ``mimnet_fast/<name>.so``; None, or the reason why it is not there."""
     path = Path(__file__).with_name(f"{name}.so")
     if not path.exists():
+        mode, compiler = ("cuda", "nvcc") if name.endswith("_cuda") else ("cpu", "a C++ compiler")
         return (
-            f"{path.name} is not built: reinstall with a C++ compiler and MIMNET_FAST_BUILD=cpu to "
+            f"{path.name} is not built: reinstall with {compiler} and MIMNET_FAST_BUILD={mode} to "
             "see the build's error (in a checkout, install with `pip install -e .`)"
         )
     try:
@@ -54,7 +61,8 @@ def _load(name: str) -> str | None:
     return None
 
 
-_LIBRARY_OF_DEVICE = {"cpu": "_C"}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_LIBRARY_OF_DEVICE = {"cpu": "_C", "cuda": "_C_cuda"}
 _load_status = {name: _load(name) for name in _LIBRARY_OF_DEVICE.values()}
 
 
@@ -75,7 +83,7 @@ def load_status() -> dict[str, str | None]:
     """Native libraries by name: None when loaded, else the reason.
 
     >>> sorted(load_status())
-    ['_C']
+    ['_C', '_C_cuda']
     """
     return dict(_load_status)
 
@@ -84,11 +92,48 @@ def _native_problem(device_type: str) -> str | None:
     library = _LIBRARY_OF_DEVICE.get(device_type)
     if library is None:
         return f"no compiled kernels for {device_type} tensors in this version"
-    return _load_status[library]
+    return _load_status[library] or (_architecture_problem() if device_type == "cuda" else None)
+
+
+@torch.compiler.assume_constant_result
+def _architecture_problem() -> str | None:
+    return _compare_architectures()
+
+
+@lru_cache
+def _compare_architectures() -> str | None:
+    """Why the compiled CUDA kernels cannot run on every GPU of this process; None if they can."""
+    report = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+    built = report["cuda_architectures"]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not any(_runs_on(architecture, major, minor) for architecture in built):
+            return (
+                f"_C_cuda.so was built for {', '.join(built)}, but GPU {index} is {major}.{minor}: "
+                f'reinstall with TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+            )
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for ``"8.0"`` (that major, later minors) or ``"8.0+PTX"`` (all later) runs."""
+    number, _, ptx = architecture.partition("+")
+    built_major, built_minor = (int(part) for part in number.split("."))
+    if ptx:
+        return (built_major, built_minor) <= (major, minor)
+    return built_major == major and built_minor <= minor
 
 
 def _triton_problem(device_type: str) -> str | None:
-    return "this version has no Triton kernels"
+    if not _HAS_TRITON:
+        return "Triton is not installed: pip install triton (CUDA builds of torch bring their own)"
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cuda" or interpreted:
+        return None
+    return (
+        f"no Triton kernels for {device_type} tensors, only for cuda (on the CPU, for tests, under "
+        "TRITON_INTERPRET=1)"
+    )
 
 
 _PROBLEMS: dict[str, Callable[[str], str | None]] = {
@@ -97,41 +142,52 @@ _PROBLEMS: dict[str, Callable[[str], str | None]] = {
 }
 
 
+_SERVE_FLOAT64 = [("native", "cpu")]
+
+
+def _problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if dtype is torch.float64 and (name, device_type) not in _SERVE_FLOAT64:
+        return f"no {name} kernels for float64 {device_type} tensors: use float32"
+    return _PROBLEMS[name](device_type)
+
+
 def available(device_type: str = "cpu") -> dict[str, str | None]:
     """Backends by name for tensors on ``device_type``: None when usable, else the reason.
 
     >>> available()["reference"] is None
     True
     """
-    return {**{name: _PROBLEMS[name](device_type) for name in _ORDER}, "reference": None}
+    return {**{name: _PROBLEMS[name](device_type) for name in _KERNELS}, "reference": None}
 
 
-def _reasons(device_type: str, unsupported: list[str]) -> dict[str, list[str]]:
+def _reasons(like: Tensor, unsupported: list[str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
-    for name in _ORDER:
-        problem = _PROBLEMS[name](device_type)
+    for name in _KERNELS:
+        problem = _problem(name, like.device.type, like.dtype)
         reasons[name] = [problem] if problem else list(unsupported)
     reasons["reference"] = []
     return reasons
 
 
-def select(op: str, backend: str | None, device_type: str, unsupported: list[str]) -> str:
-    """Name of the backend that serves this call of ``op``.
+def select(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -> str:
+    """Name of the backend that serves this call of ``op`` on tensors like ``like``.
 
     ``unsupported`` lists what this call asks of a kernel that no kernel offers yet.
     """
     if backend is _EXPLAIN:
-        raise _Explanation(_reasons(device_type, unsupported))
+        raise _Explanation(_reasons(like, unsupported))
     name = _default if backend is None else _checked(backend, "backend")
     if name == "reference":
         return name
     if name == "auto":
-        if not unsupported and _native_problem(device_type) is None:
-            return "native"
+        if not unsupported:
+            for candidate in _AUTO.get(like.device.type, ()):
+                if _problem(candidate, like.device.type, like.dtype) is None:
+                    return candidate
         if not torch.compiler.is_compiling():
-            _log_fallback(op, _reasons(device_type, unsupported))
+            _log_fallback(op, _reasons(like, unsupported))
         return "reference"
-    problems = _reasons(device_type, unsupported)[name]
+    problems = _reasons(like, unsupported)[name]
     if problems:
         raise BackendUnavailable(
             f"{op}: backend {name!r} cannot serve this call: {'; '.join(problems)}. "

@@ -77,10 +77,13 @@ def _libraries() -> dict[str, str]:
     return {name: problem or "loaded" for name, problem in backends.load_status().items()}
 
 
-def _backends() -> dict[str, str]:
+def _backends() -> dict[str, dict[str, str]]:
     from mimnet_fast import backends
 
-    return {name: problem or "available" for name, problem in backends.available().items()}
+    return {
+        device: {name: why or "available" for name, why in backends.available(device).items()}
+        for device in ("cpu", "cuda")
+    }
 
 
 def _build() -> Any:

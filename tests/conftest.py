@@ -1,17 +1,32 @@
 """Fixtures of every test."""
 
+import os
 import zlib
 
 import pytest
 import torch
 
-from mimnet_fast import backends
+from mimnet_fast import BackendUnavailable, backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device of the tensors: cpu or cuda")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        # Read when the first Triton kernel is defined.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Inputs are small, and parallel test workers take the cores already."""
+def device(request):
+    """Where tensors are made unless a test says otherwise."""
+    device = request.config.getoption("--device")
+    torch.set_default_device(device)
+    # Inputs are small, and parallel test workers take the cores already.
     torch.set_num_threads(1)
+    return device
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +35,31 @@ def _seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=["native"])
-def backend(request):
+@pytest.fixture(params=["native", "triton"])
+def backend(request, device):
     """Each backend that has kernels; the reference is what they are compared with."""
-    problem = backends.available("cpu")[request.param]
+    return _usable(request.param, device)
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def any_backend(request, device):
+    """For what has to hold whatever serves the call."""
+    return _usable(request.param, device)
+
+
+def _usable(name, device):
+    problem = backends.available(device)[name]
     if problem:
-        pytest.skip(f"{request.param}: {problem}")
-    return request.param
+        pytest.skip(f"{name}: {problem}")
+    return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Only the CPU kernels serve float64; elsewhere its tests are skipped, with that reason."""
+    try:
+        return (yield)
+    except BackendUnavailable as error:
+        if "kernels for float64" in str(error):
+            pytest.skip(str(error))
+        raise

@@ -172,12 +172,11 @@ def test_multi_granularity_attention():
     torch.testing.assert_close(found, mixed)
 
 
-@pytest.mark.parametrize("name", ["reference", "native"])
-def test_backend_of_a_module(name):
+def test_backend_of_a_module(any_backend):
     x = torch.randn(5, 3, 4, dtype=torch.float64)
-    module = nn.DynamicRouting(4, 4, 2, backend=name, dtype=torch.float64)
+    module = nn.DynamicRouting(4, 4, 2, backend=any_backend, dtype=torch.float64)
     logits = torch.randn(5, 2, 3, dtype=torch.float64)
-    expected = ops.dynamic_routing(x, module.weight, logits, backend=name)
+    expected = ops.dynamic_routing(x, module.weight, logits, backend=any_backend)
     assert torch.equal(module(x, logits=logits), expected)
     with pytest.raises(ValueError, match="backend: got 'other'"):
         nn.Squash(backend="other")(x)

@@ -41,10 +41,9 @@ def test_very_long_vectors_keep_the_length_one(backend):
 
 
 @pytest.mark.parametrize("form", SQUASH_FORMS)
-@pytest.mark.parametrize("name", ["reference", "native"])
-def test_zero_stays_zero_with_a_gradient_of_zero(name, form):
+def test_zero_stays_zero_with_a_gradient_of_zero(any_backend, form):
     x = torch.zeros(2, 5, requires_grad=True)
-    out = ops.squash(x, form=form, backend=name)
+    out = ops.squash(x, form=form, backend=any_backend)
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(grad, torch.full_like(x, form == "identity"))

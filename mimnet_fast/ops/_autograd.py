@@ -1,18 +1,56 @@
-"""What the backward formulas of the ops share."""
+"""How an op becomes one of torch's: implementations, fakes and gradients."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mimnet_fast._schemas import LIBRARY
+
+SUFFIX = {"native": "", "triton": "_triton"}
+"""What the name of an op ends in, by the backend that serves it."""
+
+
+def _run_triton(module: str, function: str, *args: Any) -> Any:
+    # Kernels are imported at their first call: Triton is optional and slow to import.
+    kernels = importlib.import_module(f"mimnet_fast.kernels.{module}")
+    return getattr(kernels, function)(*args)
+
 
 def register(
-    name: str, backward: Callable[..., Any], setup: Callable[..., None]
+    name: str,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+) -> dict[str, Callable[..., Any]]:
+    """Register an op and its backward op for every backend; the ops by backend, as called here.
+
+    ``backward(kernel, ctx, *grads)`` is the gradient's formula around a backward op.
+    """
+    calls = {}
+    for backend, suffix in SUFFIX.items():
+        kernel_name = f"{name}_backward{suffix}"
+        torch.library.register_fake(f"mimnet_fast::{name}{suffix}", fake)
+        torch.library.register_fake(f"mimnet_fast::{kernel_name}", fake_backward)
+        if backend == "triton":
+            for function in (name, f"{name}_backward"):
+                run = partial(_run_triton, name, function)
+                LIBRARY.impl(f"{function}{suffix}", run, "CompositeExplicitAutograd")
+        kernel = getattr(torch.ops.mimnet_fast, kernel_name)
+        calls[backend] = _differentiable(f"{name}{suffix}", setup, partial(backward, kernel))
+    return calls
+
+
+def _differentiable(
+    name: str, setup: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register the gradient of an op; returns the op as the public functions call it.
+    """The op with its gradient.
 
     The registration serves traced graphs and callers of ``torch.ops``. Its per-call bookkeeping
     grows with the square of the number of arguments (0.1 ms for the 24 of ``mimnet_forward``), so

@@ -162,7 +162,7 @@ def dynamic_routing(
         unsupported.append(f"update={update!r} has no kernel yet")
     if normalize_agreement:
         unsupported.append("normalize_agreement has no kernel yet")
-    chosen = backends.select("dynamic_routing", backend, inputs.device.type, unsupported)
+    chosen = backends.select("dynamic_routing", backend, inputs, unsupported)
     if chosen == "reference":
         return reference.dynamic_routing(
             inputs,
@@ -183,7 +183,7 @@ def dynamic_routing(
             eps=eps,
             power=power,
         )
-    capsules, _, _ = _call(
+    capsules, _, _ = _CALLS[chosen](
         inputs,
         weight,
         None if logits is None else logits.detach(),
@@ -208,7 +208,6 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-@torch.library.register_fake("mimnet_fast::dynamic_routing")
 def _fake(
     inputs: Tensor,
     weight: Tensor | None,
@@ -228,7 +227,6 @@ def _fake(
     )
 
 
-@torch.library.register_fake("mimnet_fast::dynamic_routing_backward")
 def _fake_backward(
     grad: Tensor,
     inputs: Tensor,
@@ -253,7 +251,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(
-    ctx: Any, grad: Tensor | None, _coupling: None, _pooled: None
+    kernel: Any, ctx: Any, grad: Tensor | None, _coupling: None, _pooled: None
 ) -> tuple[Tensor | None, ...]:
     x, weight, logits, mask, capsule_mask, coupling, pooled = ctx.saved_tensors
     iterations, axis, padding, inner, final, temperature, squash, eps, power = ctx.options
@@ -281,11 +279,11 @@ def _backward(
 
         grads = _autograd.reference_vjp(again, [x, weight], needs, [grad])
     elif grad is not None:
-        found = torch.ops.mimnet_fast.dynamic_routing_backward(
+        found = kernel(
             grad, x, weight, coupling, pooled, final, squash, eps, power, _autograd.bits(needs)
         )
         grads = _autograd.wanted(found, needs)
     return (*grads, *(None,) * 13)
 
 
-_call = _autograd.register("dynamic_routing", _backward, _setup)
+_CALLS = _autograd.register("dynamic_routing", _fake, _fake_backward, _setup, _backward)

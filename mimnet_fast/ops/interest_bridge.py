@@ -82,20 +82,18 @@ def interest_bridge(
     _checks.not_empty("interests", K=k, D_i=d_interest)
     _checks.not_empty("source", D_s=d_source)
     check_bridge(d_interest, d_source, w1, b1, w2, b2, interests)
-    chosen = backends.select("interest_bridge", backend, interests.device.type, [])
+    chosen = backends.select("interest_bridge", backend, interests, [])
     if chosen == "reference":
         return reference.interest_bridge(interests, source, w1, b1, w2, b2)
-    return _call(interests, source, w1, b1, w2, b2)
+    return _CALLS[chosen](interests, source, w1, b1, w2, b2)
 
 
-@torch.library.register_fake("mimnet_fast::interest_bridge")
 def _fake(
     interests: Tensor, source: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:
     return interests.new_empty(*interests.shape[:2], b2.shape[0] // source.shape[-1])
 
 
-@torch.library.register_fake("mimnet_fast::interest_bridge_backward")
 def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs = args
     return _autograd.empty_or_like(inputs, inputs[0], needs)
@@ -105,12 +103,12 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(kernel: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
     if torch.is_grad_enabled():
         return tuple(_autograd.reference_vjp(reference.interest_bridge, inputs, needs, [grad]))
-    found = torch.ops.mimnet_fast.interest_bridge_backward(grad, *inputs, _autograd.bits(needs))
+    found = kernel(grad, *inputs, _autograd.bits(needs))
     return tuple(_autograd.wanted(found, needs))
 
 
-_call = _autograd.register("interest_bridge", _backward, _setup)
+_CALLS = _autograd.register("interest_bridge", _fake, _fake_backward, _setup, _backward)

@@ -105,8 +105,7 @@ def mimnet_forward(
     check_count("parameters.fine", parameters.fine)
     check_count("parameters.coarse", parameters.coarse)
     floats = (source, item, prototype, table, logits, *_flat(parameters))
-    device = source.device.type
-    source, item, prototype, table, logits, *flat = _checks.autocast(floats, device)
+    source, item, prototype, table, logits, *flat = _checks.autocast(floats, source.device.type)
     p = _nested(flat)
     batch, d = source.shape
     history = _check_history(history, table, batch, source)
@@ -127,7 +126,7 @@ def mimnet_forward(
     unsupported = []
     if table is not None and table.requires_grad:
         unsupported.append("the table is frozen inside the op; pass embedded histories to train it")
-    chosen = backends.select("mimnet_forward", backend, device, unsupported)
+    chosen = backends.select("mimnet_forward", backend, source, unsupported)
     if chosen == "reference":
         return reference.mimnet_forward(
             history,
@@ -141,7 +140,7 @@ def mimnet_forward(
             iterations=iterations,
             padding=padding,
         )
-    ratings, _, _ = _call(
+    ratings, _, _ = _CALLS[chosen](
         history,
         table,
         source,
@@ -178,7 +177,6 @@ def _check_history(history: Any, table: Tensor | None, batch: int, like: Tensor)
     return ids
 
 
-@torch.library.register_fake("mimnet_fast::mimnet_forward")
 def _fake(
     history: Tensor, table: Tensor | None, source: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +195,6 @@ def _differentiable(history: Any, source: Any, *others: Any) -> tuple[Any, ...]:
     return (history, source, *others[: 2 + _PARAMETERS])
 
 
-@torch.library.register_fake("mimnet_fast::mimnet_forward_backward")
 def _fake_backward(
     grad: Tensor, pooled: Tensor, transferred: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -214,7 +211,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(
-    ctx: Any, grad: Tensor | None, _pooled: None, _transferred: None
+    kernel: Any, ctx: Any, grad: Tensor | None, _pooled: None, _transferred: None
 ) -> tuple[Tensor | None, ...]:
     pooled, transferred, history, table, *others = ctx.saved_tensors
     logits, mask = others[-2:]
@@ -242,7 +239,7 @@ def _backward(
         inputs = _differentiable(history, *others)
         grads = _autograd.reference_vjp(again, inputs, needs, [grad])
     elif grad is not None:
-        found = torch.ops.mimnet_fast.mimnet_forward_backward(
+        found = kernel(
             grad,
             pooled,
             transferred,
@@ -257,4 +254,4 @@ def _backward(
     return (grads[0], None, *grads[1:], *(None,) * 4)
 
 
-_call = _autograd.register("mimnet_forward", _backward, _setup)
+_CALLS = _autograd.register("mimnet_forward", _fake, _fake_backward, _setup, _backward)

@@ -100,11 +100,11 @@ def multi_granularity_attention(
     _checks.same("interests", interests, (item.shape[0], k, d), "[B, K, D]", item)
     _checks.not_empty("interests", K=k, D=interests.shape[-1])
     check_fusion(tensors[3:7], tensors[7:11], tensors[11], tensors[12], d, item)
-    chosen = backends.select("multi_granularity_attention", backend, item.device.type, [])
+    chosen = backends.select("multi_granularity_attention", backend, item, [])
     if chosen == "reference":
         out, gate = _reference(*tensors)
     else:
-        out, gate = _call(*tensors)
+        out, gate = _CALLS[chosen](*tensors)
     return (out, gate) if return_gate else out
 
 
@@ -116,12 +116,10 @@ def _reference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("mimnet_fast::multi_granularity_attention")
 def _fake(item: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return item.new_empty(item.shape), item.new_empty(item.shape[:-1])
 
 
-@torch.library.register_fake("mimnet_fast::multi_granularity_attention_backward")
 def _fake_backward(grad: Tensor, grad_gate: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *inputs, needs = args
     return _autograd.empty_or_like(inputs, inputs[0], needs)
@@ -132,13 +130,15 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_gate: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    kernel: Any, ctx: Any, grad: Tensor | None, grad_gate: Tensor | None
+) -> tuple[Tensor | None, ...]:
     inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
     if torch.is_grad_enabled():
         return tuple(_autograd.reference_vjp(_reference, inputs, needs, [grad, grad_gate]))
     if grad is None and grad_gate is None:
         return (None,) * 13
-    found = torch.ops.mimnet_fast.multi_granularity_attention_backward(
+    found = kernel(
         torch.zeros_like(inputs[0]) if grad is None else grad,
         grad_gate,
         *inputs,
@@ -147,4 +147,4 @@ def _backward(ctx: Any, grad: Tensor | None, grad_gate: Tensor | None) -> tuple[
     return tuple(_autograd.wanted(found, needs))
 
 
-_call = _autograd.register("multi_granularity_attention", _backward, _setup)
+_CALLS = _autograd.register("multi_granularity_attention", _fake, _fake_backward, _setup, _backward)

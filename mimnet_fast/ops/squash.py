@@ -72,19 +72,18 @@ def squash(
     if _checks.whole("dim", dim, -x.dim(), "a dimension of x") >= x.dim():
         raise ValueError(f"dim: got {dim}, need at most {x.dim() - 1} (a dimension of x)")
     _checks.not_empty("x", D=x.shape[dim])
-    if backends.select("squash", backend, x.device.type, []) == "reference":
+    chosen = backends.select("squash", backend, x, [])
+    if chosen == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
     if dim in (-1, x.dim() - 1):
-        return _call(x, form_code, eps, power)
-    return _call(x.movedim(dim, -1), form_code, eps, power).movedim(-1, dim)
+        return _CALLS[chosen](x, form_code, eps, power)
+    return _CALLS[chosen](x.movedim(dim, -1), form_code, eps, power).movedim(-1, dim)
 
 
-@torch.library.register_fake("mimnet_fast::squash")
 def _fake(x: Tensor, form: int, eps: float, power: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("mimnet_fast::squash_backward")
 def _fake_backward(grad: Tensor, x: Tensor, form: int, eps: float, power: float) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -94,7 +93,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(kernel: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     form, eps, power = ctx.options
     if torch.is_grad_enabled():
@@ -104,8 +103,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
         (grad_x,) = _autograd.reference_vjp(again, [x], [True], [grad])
     else:
-        grad_x = torch.ops.mimnet_fast.squash_backward(grad, x, form, eps, power)
+        grad_x = kernel(grad, x, form, eps, power)
     return grad_x, None, None, None
 
 
-_call = _autograd.register("squash", _backward, _setup)
+_CALLS = _autograd.register("squash", _fake, _fake_backward, _setup, _backward)

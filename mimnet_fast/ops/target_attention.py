@@ -107,7 +107,7 @@ def target_attention(
     unsupported = []
     if power != 1.0 and key_bias is not None:
         unsupported.append("a key bias cancels only with power=1")
-    chosen = backends.select("target_attention", backend, query.device.type, unsupported)
+    chosen = backends.select("target_attention", backend, query, unsupported)
     if chosen == "reference":
         out, weights = reference.target_attention(
             query,
@@ -122,7 +122,7 @@ def target_attention(
             hard=hard,
         )
     else:
-        out, weights = _call(
+        out, weights = _CALLS[chosen](
             query,
             interests,
             key_weight,
@@ -137,12 +137,10 @@ def target_attention(
     return (out, weights) if return_weights else out
 
 
-@torch.library.register_fake("mimnet_fast::target_attention")
 def _fake(query: Tensor, interests: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(*query.shape[:-1], interests.shape[1])
 
 
-@torch.library.register_fake("mimnet_fast::target_attention_backward")
 def _fake_backward(grad: Tensor, grad_weights: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return _autograd.empty_or_like(args[:6], args[0], args[-1])
 
@@ -154,7 +152,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(
-    ctx: Any, grad: Tensor | None, grad_weights: Tensor | None
+    kernel: Any, ctx: Any, grad: Tensor | None, grad_weights: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *tensors, capsule_mask = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
@@ -172,7 +170,7 @@ def _backward(
 
         grads = _autograd.reference_vjp(again, tensors, needs, [grad, grad_weights])
     elif grad is not None or grad_weights is not None:
-        found = torch.ops.mimnet_fast.target_attention_backward(
+        found = kernel(
             torch.zeros_like(tensors[0]) if grad is None else grad,
             grad_weights,
             *tensors,
@@ -186,4 +184,4 @@ def _backward(
     return (*grads, *(None,) * 4)
 
 
-_call = _autograd.register("target_attention", _backward, _setup)
+_CALLS = _autograd.register("target_attention", _fake, _fake_backward, _setup, _backward)
