@@ -95,13 +95,14 @@ def _run(
 
     A ``jitter`` seeds a change of every input by up to two units of (at most float32) rounding.
     """
-    noise = torch.Generator().manual_seed(jitter)
+    noise = torch.Generator("cpu").manual_seed(jitter)
 
     def copy(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().to(dtype, copy=True)
         if jitter:
             eps = min(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps)
-            unit = torch.rand(tensor.shape, generator=noise, dtype=torch.float64).to(tensor.device)
+            unit = torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu")
+            unit = unit.to(tensor.device)
             tensor = (tensor.double() * (1 + eps * (4 * unit - 2))).to(tensor.dtype)
         return tensor
 
@@ -115,9 +116,9 @@ def _run(
     leaves = {key: leaf.requires_grad_(name != "table") for key, (name, leaf) in unique.items()}
     result = op(*_replace(args, leaves), **{**_replace(kwargs, leaves), "backend": backend})
     outputs = list(_named_tensors(result, "output"))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     directions = [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
+        torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
         for _, out in outputs
     ]
     wanted = [(name, leaf) for name, leaf in unique.values() if leaf.requires_grad]

@@ -83,8 +83,8 @@ class Call:
 
 def directions_of(outputs: list[Tensor]) -> list[Tensor]:
     """Output gradients, the same ones for the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    generator = torch.Generator("cpu").manual_seed(1)
+    return [torch.randn(out.shape, generator=generator, device="cpu").to(out) for out in outputs]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

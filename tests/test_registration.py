@@ -187,11 +187,11 @@ def test_compiled_lengths_are_clamped(backend):
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY_OP if not name.startswith("squash")])
-def test_autocast(backend, name):
+def test_autocast(backend, name, device):
     """As for a linear layer: inputs in bfloat16, gradients in the inputs' own dtype."""
     call = EVERY_OP[name]().trainable()
     half = call.map(lambda t: t.bfloat16() if t.is_floating_point() else t)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         outputs = call.outputs(backend=backend)
     for mine, other in zip(outputs, half.outputs(backend=backend), strict=True):
         assert mine.dtype is torch.bfloat16
@@ -203,15 +203,15 @@ def test_autocast(backend, name):
     ):
         assert grad.dtype is leaf.dtype is torch.float32
     double = EVERY_OP[name](dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert double.outputs(backend=backend)[0].dtype is torch.float64
 
 
-def test_autocast_mixes_dtypes_and_leaves_squash_alone(backend):
+def test_autocast_mixes_dtypes_and_leaves_squash_alone(backend, device):
     """A model under autocast hands over bfloat16 activations and float32 parameters."""
     call = mimnet_call()
     history, source, *others = call.args
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         mixed = call.op(history.bfloat16(), source, *others, backend=backend)
         assert ops.squash(history, backend=backend).dtype is torch.float32
     assert mixed.dtype is torch.bfloat16
