@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -73,6 +71,8 @@ def _run(*command: str | Path) -> str:
 
 
 def _dump(binary: Path, *options: str) -> str:
+    import triton
+
     return _run(triton.knobs.nvidia.cuobjdump.path, *options, binary)
 
 
@@ -109,6 +109,8 @@ class _NoDriver:
     """Stands for the driver of a machine that has such a GPU."""
 
     def __init__(self, architecture: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
         self._target = GPUTarget("cuda", int(architecture), 32)
 
     def get_current_target(self) -> Any:
@@ -167,6 +169,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) -> list[_Variant]:
     """Every kernel that the launchers start in forward and backward of the calls."""
+    import triton
+
     backends.select = lambda *_: "triton"  # no backend has kernels for meta tensors
     found: dict[tuple[Any, ...], _Variant] = {}
 
@@ -197,6 +201,8 @@ _found: list[_Variant] = []  # inherited by the forked workers: a JIT function c
 
 
 def _compile_variant(index: int, architecture: str) -> Code:
+    import triton
+
     variant = _found[index]
     triton.runtime.driver.set_active(_NoDriver(architecture))
     compiled = variant.kernel.preload(variant.data[architecture])
