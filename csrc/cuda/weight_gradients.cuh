@@ -13,10 +13,18 @@ struct OuterSum {
   int64_t left_stride, right_stride;  // elements between rows
   int64_t rows;
   int m, n;
-  View out;  // [m, n], or [n] without left
+  View out;  // [m, n], or [n] without left; empty: not wanted
+
+  // With `factor` the right operand is made of rows (r, q), q < terms:
+  // right'[r, (i, j)] = sum over q of factor[(r, q), i] right[(r, q), j], with j < width.
+  const float* factor = nullptr;
+  int64_t factor_stride = 0;
+  int terms = 1;
+  int width = 0;
 };
 
-// One launch for all of them; one more where there are so many rows that blocks share a sum.
+// One launch for all of them (up to 20); one more where there are so many rows that blocks share a
+// sum.
 void outer_sums(const Stream& stream, const OuterSum* sums, int count);
 
 }  // namespace mimnet_fast::cuda
