@@ -56,7 +56,7 @@ def squash_factor(norm2, FORM: tl.constexpr, eps, power):
 
 
 @triton.jit
-def _along(dot, norm2, radial):
+def squash_slope(dot, norm2, radial):
     """How much of ``x`` its gradient holds, where ``dot`` is ``x . grad``."""
     inverse_norm = 1.0 / tl.sqrt(tl.where(norm2 > 0, norm2, 1.0))
     return 2.0 * (radial * inverse_norm) * (dot * inverse_norm)
@@ -76,7 +76,7 @@ def squash_tile_backward(grad, x, FORM: tl.constexpr, eps, power):
     norm2 = tl.sum(x * x, len(x.shape) - 1, keep_dims=True)
     dot = tl.sum(x * grad, len(x.shape) - 1, keep_dims=True)
     factor, radial = squash_factor(norm2, FORM, eps, power)
-    return factor * grad + _along(dot, norm2, radial) * x
+    return factor * grad + squash_slope(dot, norm2, radial) * x
 
 
 @triton.jit
@@ -164,7 +164,7 @@ def _squash_backward_kernel(
         norm2 += tl.sum(tile * tile, 1, keep_dims=True)
         dot += tl.sum(tile * tile_grad, 1, keep_dims=True)
     factor, radial = squash_factor(norm2, FORM, eps, power)
-    along = _along(dot, norm2, radial)
+    along = squash_slope(dot, norm2, radial)
     tl.store(grad_x + column, factor * first_grad + along * first, mask=here)
     for start in range(TILE, D, TILE):
         at = column + start
