@@ -8,16 +8,20 @@ must not lose by that: what is plain there is taken from there, the rest is writ
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.cases import Call, Case, make_call
-from mimnet_fast import backends, ops, reference
+from bench.cases import Call, Case, make_call, traffic
+from mimnet_fast import ops, reference
+from mimnet_fast.backends import BackendUnavailable, explain
 from mimnet_fast.ops import MIMNetParameters
 from mimnet_fast.verify import verify
 
@@ -149,22 +153,46 @@ FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
-def names(op: str, modes: tuple[str, ...] = ("default",)) -> list[str]:
+_DEFAULT_MODES = ("default",)
+_DEFAULT_BACKENDS = ("auto",)
+# Users of a call whose check needs float64 and several runs; at more, only the last check is made.
+_VERIFIED_BATCH = 1024
+_MOST_COPIES = 32
+
+
+def ours(backends: tuple[str, ...] = _DEFAULT_BACKENDS) -> list[str]:
+    """What our op is called, once per backend that is asked for."""
+    return [OURS if backend == "auto" else f"{OURS}({backend})" for backend in backends]
+
+
+def names(
+    op: str,
+    modes: tuple[str, ...] = _DEFAULT_MODES,
+    backends: tuple[str, ...] = _DEFAULT_BACKENDS,
+) -> list[str]:
     """The contenders of ``op``: ours, the forms in eager mode, each form compiled in each mode."""
     compiled = [
         f"compile({form})" if mode == "default" else f"compile({form}, {mode})"
         for form in FORMS[op]
         for mode in modes
     ]
-    return [OURS, *FORMS[op], *compiled]
+    return [*ours(backends), *FORMS[op], *compiled]
 
 
-def contenders(op: str, modes: tuple[str, ...] = ("default",)) -> dict[str, Callable[..., Tensor]]:
+def _served_by(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    return function if backend == "auto" else partial(function, backend=backend)
+
+
+def contenders(
+    op: str,
+    modes: tuple[str, ...] = _DEFAULT_MODES,
+    backends: tuple[str, ...] = _DEFAULT_BACKENDS,
+) -> dict[str, Callable[..., Tensor]]:
     """Functions by the names of :func:`names`. What it compiled before is no longer of use."""
     # Static shapes make one compiled version per case, and torch gives up after eight of them.
     torch.compiler.reset()
     functions = [
-        getattr(ops, op),
+        *(_served_by(getattr(ops, op), backend) for backend in backends),
         *FORMS[op].values(),
         *(
             torch.compile(form, dynamic=False, mode=None if mode == "default" else mode)
@@ -172,7 +200,7 @@ def contenders(op: str, modes: tuple[str, ...] = ("default",)) -> dict[str, Call
             for mode in modes
         ),
     ]
-    return dict(zip(names(op, modes), functions, strict=True))
+    return dict(zip(names(op, modes, backends), functions, strict=True))
 
 
 @dataclass(frozen=True)
@@ -220,18 +248,52 @@ class Contest:
         op: str,
         case: Case,
         dtype: torch.dtype = torch.float32,
-        modes: tuple[str, ...] = ("default",),
+        modes: tuple[str, ...] = _DEFAULT_MODES,
+        device: str = "cpu",
+        backends: tuple[str, ...] = _DEFAULT_BACKENDS,
     ) -> None:
         self.op = op
-        self.call = make_call(op, case, dtype)
+        self.call = make_call(op, case, dtype, device)
         function = getattr(ops, op)
-        verification = verify(function, *self.call.args, **self.call.kwargs)
-        if not verification:
-            raise WrongResultError(str(verification))
-        reasons = backends.explain(function, *self.call.args, **self.call.kwargs)
-        self.backend = next(name for name, why in reasons.items() if not why)
-        self._functions = contenders(op, modes)
+        self._wrong = self._verify(function, case, dtype, device, backends)
+        if len(self._wrong) == len(backends):
+            raise WrongResultError("; ".join(self._wrong.values()))
+        self.backend = ", ".join(backends)
+        if backends == _DEFAULT_BACKENDS:
+            reasons = explain(function, *self.call.args, **self.call.kwargs)
+            self.backend = next(name for name, why in reasons.items() if not why)
+        self._functions = contenders(op, modes, backends)
         self._expected: dict[str, tuple[Tensor | None, ...]] = {}
+        self._calls = [self.call]
+        if device == "cuda":
+            in_cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            copies = min(_MOST_COPIES, math.ceil(in_cache / max(traffic(self.call))))
+            self._calls += [
+                make_call(op, case, dtype, device, copy=copy) for copy in range(1, copies)
+            ]
+
+    def _verify(
+        self,
+        function: Callable[..., Tensor],
+        case: Case,
+        dtype: torch.dtype,
+        device: str,
+        backends: tuple[str, ...],
+    ) -> dict[str, str]:
+        """What is wrong with ours, by name."""
+        call = self.call
+        if case.batch > _VERIFIED_BATCH:
+            call = make_call(self.op, replace(case, batch=_VERIFIED_BATCH), dtype, device)
+        wrong = {}
+        for name, backend in zip(ours(backends), backends, strict=True):
+            try:
+                verification = verify(function, *call.args, backend=backend, **call.kwargs)
+            except BackendUnavailable as error:
+                wrong[name] = str(error)
+                continue
+            if not verification:
+                wrong[name] = str(verification)
+        return wrong
 
     def step(self, name: str, direction: str) -> Step:
         """What to time, after one call that compiles it where it is to be compiled.
@@ -239,6 +301,8 @@ class Contest:
         Raises:
             WrongResultError: its result is not that of the reference.
         """
+        if name in self._wrong:
+            raise WrongResultError(self._wrong[name])
         if direction not in self._expected:
             oracle = partial(getattr(ops, self.op), backend="reference")
             self._expected[direction] = Step(oracle, self.call, direction)()
@@ -250,3 +314,10 @@ class Contest:
                 "of its size"
             )
         return step
+
+    def in_rotation(self, step: Step) -> Callable[[], Any]:
+        """The step on other inputs in every call, on a GPU as many as its cache cannot hold."""
+        if len(self._calls) == 1:
+            return step
+        turns = cycle([replace(step, call=call) for call in self._calls])
+        return lambda: next(turns)()

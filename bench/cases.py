@@ -40,32 +40,52 @@ CASES = {
     for op in ops.FUNCTIONS
 }
 
+# For GPUs, which the sizes above leave idle.
+BIG = (Case("big64", 8192, 50, 8, 64, 64), Case("big128", 8192, 50, 8, 128, 128))
 
 _NAMES = tuple(dict.fromkeys(case.name for cases in CASES.values() for case in cases))
+
+
+def of_device(op: str, device: str) -> tuple[Case, ...]:
+    """The sizes at which ``op`` is measured on a device."""
+    return (*CASES[op], *BIG) if device == "cuda" else CASES[op]
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure and how, for every command of this package."""
     parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES), metavar="OP")
-    parser.add_argument("--cases", nargs="+", choices=_NAMES, default=list(_NAMES), metavar="CASE")
+    names = [*_NAMES, *(case.name for case in BIG)]
+    parser.add_argument(
+        "--cases", nargs="+", choices=names, metavar="CASE", help="default: those of the device"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=("auto", "native", "triton"),
+        default=["auto"],
+        help="of ours, each a contender (default: auto)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     parser.add_argument(
         "--modes",
-        nargs="+",
+        nargs="*",
         default=["default"],
         help="modes of torch.compile to try; others than default compile for minutes",
     )
 
 
 def selected(options: argparse.Namespace) -> list[tuple[str, Case]]:
-    """The contests that the options ask for, in the order of the standard list."""
+    """The contests that the options ask for."""
     return [
         (op, case)
-        for op, cases in CASES.items()
-        for case in cases
-        if op in options.ops and case.name in options.cases
+        for op in options.ops
+        for case in of_device(op, options.device)
+        if options.cases is None or case.name in options.cases
     ]
 
 
@@ -82,12 +102,17 @@ class Call:
 class _Draw:
     """Normal tensors in the dtype of a call."""
 
-    def __init__(self, seed: str, dtype: torch.dtype) -> None:
-        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-        self.dtype = dtype
+    def __init__(self, seed: str, dtype: torch.dtype, device: str) -> None:
+        self.generator = torch.Generator(device).manual_seed(zlib.crc32(seed.encode()))
+        self.dtype, self.device = dtype, device
 
     def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(shape, generator=self.generator)).to(self.dtype)
+        drawn = torch.randn(shape, generator=self.generator, device=self.device)
+        return (std * drawn).to(self.dtype)
+
+    def full_mask(self, case: Case) -> Tensor:
+        # A model passes a mask. Full histories: nothing is gained by skipping padded positions.
+        return torch.ones(case.batch, case.length, dtype=torch.bool, device=self.device)
 
     def attention(self, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self(d, d, std=d**-0.5), self(d), self(d, d, std=d**-0.5), self(d)
@@ -107,11 +132,6 @@ class _Draw:
         return self(d, d, std=10 / d)
 
 
-def _full_mask(case: Case) -> Tensor:
-    # A model passes a mask. Full histories, so that skipping padded positions gains nothing.
-    return torch.ones(case.batch, case.length, dtype=torch.bool)
-
-
 # Positional arguments, keyword arguments, leaves.
 Inputs = tuple[tuple[Any, ...], dict[str, Any], tuple[Tensor, ...]]
 
@@ -124,7 +144,7 @@ def _squash(c: Case, draw: _Draw) -> Inputs:
 def _dynamic_routing(c: Case, draw: _Draw) -> Inputs:
     inputs, weight = draw(c.batch, c.length, c.width), draw.routing_weight(c.width)
     logits = draw(c.batch, c.capsules, c.length)
-    kwargs = {"mask": _full_mask(c), "iterations": ITERATIONS}
+    kwargs = {"mask": draw.full_mask(c), "iterations": ITERATIONS}
     return (inputs, weight, logits), kwargs, (inputs, weight)
 
 
@@ -158,7 +178,7 @@ def _mimnet_forward(c: Case, draw: _Draw) -> Inputs:
     weight = draw.routing_weight(d)
     parameters = MIMNetParameters(weight, *meta, fine, coarse, *fusion)
     logits = draw(c.batch, c.capsules, c.length)
-    kwargs = {"mask": _full_mask(c), "iterations": ITERATIONS}
+    kwargs = {"mask": draw.full_mask(c), "iterations": ITERATIONS}
     # The embeddings are frozen in the second stage, so only the parameters have gradients.
     leaves = (weight, *meta, *fine, *coarse, *fusion)
     return (history, source, item, prototype, parameters, logits), kwargs, leaves
@@ -174,13 +194,20 @@ _INPUTS: dict[str, Callable[[Case, _Draw], Inputs]] = {
 }
 
 
-def make_call(op: str, case: Case, dtype: torch.dtype = torch.float32) -> Call:
-    """Inputs of ``op`` at the sizes of ``case``, the same in every run.
+def make_call(
+    op: str,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    copy: int = 0,
+) -> Call:
+    """Inputs of ``op`` at the sizes of ``case``, the same in every run; others in each ``copy``.
 
     A part (everything but the whole model) is measured as a layer inside a model that is trained,
     with gradients for all inputs but the routing logits.
     """
-    draw = _Draw(f"{op}/{case.name}", dtype)
+    draw = _Draw(f"{op}/{case.name}{f'/{copy}' if copy else ''}", dtype, device)
     args, kwargs, leaves = _INPUTS[op](case, draw)
     for leaf in leaves:
         leaf.requires_grad_()

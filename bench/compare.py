@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from bench import baselines, cases, memory, report
+from bench import baselines, cases, clock, memory, report
 from bench.cases import Case
+from bench.floor import machine_rates
 from mimnet_fast import info
 
 SCHEMA = 1
@@ -40,22 +41,18 @@ _BLOCK = 0.02  # seconds that a contender runs before the next has its turn
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 51
 
 
-def _seconds(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def interleave(steps: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Callable[[], Any]], budget: float, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds per call of each step, one value per round.
 
     In every round each step runs for one block, in an order that changes from round to round, so
-    that whatever disturbs the machine disturbs all of them. A round's value is its block's median.
-    There are as many rounds as fit into ``budget`` seconds, but at least a handful.
+    that whatever disturbs the machine disturbs all of them. There are as many rounds as fit into
+    ``budget`` seconds, but at least a handful.
     """
     calls, once = {}, 0.0
     for name, step in steps.items():
-        duration = min(_seconds(step) for _ in range(3))
+        duration = min(clock.seconds(step, device=device) for _ in range(3))
         calls[name] = max(1, round(_BLOCK / duration))
         once += (1 + calls[name]) * duration
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(budget / once))) if steps else 0
@@ -69,8 +66,7 @@ def interleave(steps: Mapping[str, Callable[[], Any]], budget: float) -> dict[st
             for name in order:
                 step = steps[name]
                 step()  # finds the caches as its predecessor left them
-                block = [_seconds(step) for _ in range(calls[name])]
-                samples[name].append(statistics.median(block))
+                samples[name].append(clock.seconds(step, calls[name], device))
     finally:
         gc.enable()
     return samples
@@ -86,27 +82,20 @@ def _summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def machine_rates(dtype: torch.dtype, size: int = 2048) -> tuple[float, float]:
-    """Floating-point operations per second in a matrix product, and bytes per second in a copy."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    product = min(_seconds(lambda: torch.mm(a, b)) for _ in range(4))
-    source = torch.ones(8 * size * size)
-    target = torch.empty_like(source)
-    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(4))
-    return 2 * size**3 / product, 2 * source.numel() * source.element_size() / copy
-
-
 def _git(*arguments: str) -> str:
     process = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=report.ROOT)
     return process.stdout.strip() if process.returncode == 0 else ""
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     installed = info.collect()
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "mimnet_fast", "csrc")
+    measured = ("mimnet_fast", "csrc", "kernels")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return {
+        **gpu,
         "cpu": installed["machine"]["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -125,11 +114,16 @@ def _one_line(error: Exception) -> str:
 
 def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Both directions of one op at one size; what fails has an error instead of times."""
-    dtype, modes = cases.DTYPES[options.dtype], tuple(options.modes)
+    dtype, modes, backends = (
+        cases.DTYPES[options.dtype],
+        tuple(options.modes),
+        tuple(options.backends),
+    )
+    names = baselines.names(op, modes, backends)
     shape = {name: value for name, value in vars(case).items() if name != "name"}
     common = {"op": op, "case": case.name, "shape": shape, "dtype": options.dtype}
     try:
-        arena = baselines.Contest(op, case, dtype, modes)
+        arena = baselines.Contest(op, case, dtype, modes, options.device, backends)
     except Exception as error:  # one broken op must not cost the results of the others
         return [
             {**common, "direction": direction, "error": _one_line(error)}
@@ -143,30 +137,47 @@ def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, 
         strict=True,
     )
     for direction, flops, moved in work:
-        steps: dict[str, baselines.Step] = {}
+        steps: dict[str, Callable[[], Any]] = {}
         found: dict[str, dict[str, Any]] = {}
-        for name in baselines.names(op, modes):
+        for name in names:
             try:
-                steps[name] = arena.step(name, direction)
+                steps[name] = arena.in_rotation(arena.step(name, direction))
             except Exception as error:  # a compiler has many ways to fail
                 found[name] = {"error": _one_line(error)}
-        for name, samples in interleave(steps, options.seconds).items():
+        for name, samples in interleave(steps, options.seconds, options.device).items():
             found[name] = _summary(samples)
+        if options.device == "cuda":
+            for name, step in steps.items():
+                found[name] |= _seen_by_gpu(name, step)
         row = {
             **common,
             "direction": direction,
             "backend": arena.backend,
             "flops": flops,
             "bytes": moved,
-            "contenders": {name: found[name] for name in baselines.names(op, modes)},
+            "contenders": {name: found[name] for name in names},
         }
         rows.append(row)
     return rows
 
 
+def _seen_by_gpu(name: str, step: Callable[[], Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "peak_bytes": memory.peak_bytes_of_gpu(step),
+        "launches": clock.launches(step),
+    }
+    if "compile" not in name:  # some modes are graphs already
+        try:
+            facts["replay_ms"] = 1e3 * clock.replay(step)
+        except Exception as error:
+            facts["replay_error"] = _one_line(error)
+    return facts
+
+
 def _slug(machine: dict[str, Any], dtype: str) -> str:
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"{cpu}-{machine['threads']}-threads" + ("" if dtype == "float32" else f"-{dtype}")
+    name = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", machine["cpu"]).lower()).strip("-")
+    threads = "" if "gpu" in machine else f"-{machine['threads']}-threads"
+    return name + threads + ("" if dtype == "float32" else f"-{dtype}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -181,6 +192,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=2.0,
         help="time for all contenders of one op, case and direction (default: 2)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="start nothing after so many seconds"
     )
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--render", action="store_true", help="update the tables in the documents")
@@ -198,24 +212,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rates, rows = [], []
     chosen = cases.selected(options)
     for number, (op, case) in enumerate(chosen, 1):
+        if time.perf_counter() - start > options.limit:
+            left = ", ".join(f"{op} {case.name}" for op, case in chosen[number - 1 :])
+            print(f"no time left for {left}", file=sys.stderr)
+            break
         print(
             f"[{time.perf_counter() - start:4.0f} s] {number}/{len(chosen)} {op} {case.name}",
             file=sys.stderr,
         )
-        rates.append(machine_rates(dtype))
+        rates.append(machine_rates(dtype, options.device))
         rows += contest(op, case, options)
     # The best of many tries, because a floor must not rise with the noise of the machine.
     flops_per_s, bytes_per_s = map(max, zip(*rates, strict=True))
-    print(f"[{time.perf_counter() - start:4.0f} s] peak memory", file=sys.stderr)
-    peaks = memory.measure(options)
+    peaks = {}
+    if options.device == "cpu":
+        print(f"[{time.perf_counter() - start:4.0f} s] peak memory", file=sys.stderr)
+        peaks = memory.measure(options)
     for row in rows:
         if "error" in row:
             continue
         row["floor_ms"] = 1e3 * max(row["flops"] / flops_per_s, row["bytes"] / bytes_per_s)
         for name, contender in row["contenders"].items():
-            if row["direction"] != "forward":
+            if options.device == "cpu" and row["direction"] != "forward":
                 contender["peak_bytes"] = peaks.get((row["op"], row["case"], name))
-    machine = describe_machine()
+    machine = describe_machine(options.device)
     machine |= {"gflop_per_s": flops_per_s / 1e9, "gb_per_s": bytes_per_s / 1e9}
     return {"schema": SCHEMA, "machine": machine, "results": rows}
 
@@ -224,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; the exit code says whether everything was right."""
     options = _parse(arguments)
     result = run(options)
-    everything = len(cases.selected(options)) == sum(map(len, cases.CASES.values()))
+    everything = len(cases.selected(options)) == sum(
+        len(cases.of_device(op, options.device)) for op in cases.CASES
+    )
     out = options.out
     if out is None and everything:
         out = report.RESULTS / f"{_slug(result['machine'], options.dtype)}.json"

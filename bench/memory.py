@@ -74,11 +74,22 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     return max(0, _resident("VmHWM") - before)
 
 
+def peak_bytes_of_gpu(step: Callable[[], Any]) -> int:
+    """The same on the current GPU, as torch's allocator counts it."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def measure(options: argparse.Namespace) -> dict[tuple[str, str, str], int]:
     """Bytes by op, case and contender, from a new process; what cannot be measured is left out."""
     command = [sys.executable, "-m", "bench.memory", "--ops", *options.ops]
-    command += ["--cases", *options.cases, "--modes", *options.modes]
+    command += ["--modes", *options.modes, "--backends", *options.backends]
     command += ["--dtype", options.dtype, "--threads", str(options.threads)]
+    command += ["--cases", *options.cases] if options.cases else []
     root = Path(__file__).resolve().parents[1]
     process = subprocess.run(
         command,
@@ -102,7 +113,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     for op, case in cases.selected(options):
         call = cases.make_call(op, case, cases.DTYPES[options.dtype])
-        for name, function in baselines.contenders(op, tuple(options.modes)).items():
+        contenders = baselines.contenders(op, tuple(options.modes), tuple(options.backends))
+        for name, function in contenders.items():
             try:
                 peak = peak_bytes(baselines.Step(function, call, "forward+backward"))
             except Exception as error:
