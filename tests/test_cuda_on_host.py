@@ -50,17 +50,19 @@ def test_op(op, order):
 
 def test_the_cpu_kernels_give_way():
     """One registration serves all ops."""
-    call = "ops.squash(torch.ones(3, dtype=torch.float64), backend='native')"
-    program = f"import cuda_on_host, torch; from mimnet_fast import ops; {{}}; {call}"
-    for load, expected in (("pass", ""), ("cuda_on_host.load()", "CUDA kernels serve no float64")):
-        run = subprocess.run(
-            [sys.executable, "-c", program.format(load)],
-            env={**os.environ, "PYTHONPATH": str(TESTS)},
-            capture_output=True,
-            text=True,
-        )
-        assert bool(run.returncode) == bool(expected)
-        assert expected in run.stderr
+    program = """
+import cuda_on_host, torch
+from mimnet_fast import ops
+cuda_on_host.load()
+ops.squash(torch.ones(3, dtype=torch.float64), backend="native")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert "CUDA kernels serve no float64" in run.stderr
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +158,10 @@ WRONG = {
     "shuffle_without_a_lane": "threads 32 to 63 do not meet: 31 are at shuffle .*; 1 are at the",
     "shuffle_in_two_places": "threads 0 to 31 do not meet: 16 are at shuffle .*; 16 are at shuffle",
     "meet_warp_and_block": "1 are at sync_block .*; 31 are at sync_warp",
-    "load_past_the_end": "load of 4 bytes outside of every .*, ends 4 bytes after a tensor.* thread 15",
-    "load_before_the_start": "load of 1 bytes outside of every .*, starts 1 bytes before a tensor",
-    "load_across_the_end": "load of 8 bytes outside of every .*, ends 4 bytes after a tensor.* thread 7",
-    "store_past_the_end": "store of 4 bytes outside of every .*, ends 4 bytes after a tensor.* thread 16",
+    "load_past_the_end": "load of 4 bytes outside .*, ends 4 bytes after a tensor.* thread 15",
+    "load_before_the_start": "load of 1 bytes outside .*, starts 1 bytes before a tensor",
+    "load_across_the_end": "load of 8 bytes outside .*, ends 4 bytes after a tensor.* thread 7",
+    "store_past_the_end": "store of 4 bytes outside .*, ends 4 bytes after a tensor.* thread 16",
     "store_to_input": "store of 1 bytes to an input",
     "load_misaligned": "load of 4 bytes at an address that is not aligned",
     "load_pack_misaligned": "load of 16 bytes at an address that is not aligned",

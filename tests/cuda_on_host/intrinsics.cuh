@@ -99,6 +99,10 @@ MIMNET_FAST_DEVICE Float16 narrow<Float16>(float x) {
   return {c10::detail::fp16_ieee_from_fp32_value(x)};
 }
 
+MIMNET_FAST_DEVICE uint32_t narrow_pair(float low, float high) {
+  return narrow<BFloat16>(low).bits | uint32_t(narrow<BFloat16>(high).bits) << 16;
+}
+
 // Global memory
 
 struct alignas(16) Pack {
