@@ -23,6 +23,11 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _BASELINES = ("textbook", "reassociated", "compile(textbook)", "compile(reassociated)")
 _NONE = "–"
 
+_ON_A_GPU = """\
+Times are those of many calls in a row, on inputs that change from call to call. **replay** is the
+time of one call replayed as a CUDA graph, without the starting of its kernels. **launches** is what
+one call starts on the GPU: ours / textbook / the fewest of all baselines."""
+
 _INTRODUCTION = """\
 # Benchmarks
 
@@ -91,27 +96,44 @@ def _time(ours: dict[str, Any]) -> str:
     return f"{median} ({low}–{high})"
 
 
-def _memory(row: dict[str, Any]) -> str:
+def _replay(ours: dict[str, Any]) -> str:
+    return _milliseconds(ours["replay_ms"]) if "replay_ms" in ours else _NONE
+
+
+def _launches(row: dict[str, Any], name: str) -> str:
+    counts = {name: c["launches"] for name, c in row["contenders"].items() if "launches" in c}
+    fewest = min((n for other, n in counts.items() if not _is_ours(other)), default=_NONE)
+    return f"{counts.get(name, _NONE)} / {counts.get('textbook', _NONE)} / {fewest}"
+
+
+def _memory(row: dict[str, Any], name: str) -> str:
     peaks = {
         name: c["peak_bytes"] / 1e6
         for name, c in row["contenders"].items()
         if c.get("peak_bytes") is not None
     }
-    if OURS not in peaks or "textbook" not in peaks:
+    if name not in peaks or "textbook" not in peaks:
         return _NONE
-    ours = peaks.pop(OURS)
-    least = min(peaks.values())
+    ours = peaks[name]
+    least = min(peak for other, peak in peaks.items() if not _is_ours(other))
     mine = f"**{ours:.1f} more**" if round(ours, 1) > round(least, 1) else f"{ours:.1f}"
     return f"{mine} / {peaks['textbook']:.1f} / {least:.1f}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _is_ours(contender: str) -> bool:
+    return contender.startswith(OURS)
+
+
+def _cells(row: dict[str, Any], name: str = OURS, on_gpu: bool = False) -> list[str]:
     head = [row["case"], row["direction"]]
-    if OURS in errors(row):
-        return [*head, "**wrong, not timed**", *[_NONE] * (len(_BASELINES) + 3)]
-    ours = row["contenders"][OURS]
-    baselines = {name: _median(row, name) for name in _BASELINES}
     failed = errors(row)
+    if on_gpu:
+        head.append(name.removeprefix(OURS).strip("()") or row.get("backend", _NONE))
+    if "error" in row or name in failed:
+        columns = len(_GPU_HEADER if on_gpu else _HEADER) - len(head) - 1
+        return [*head, "**wrong, not timed**", *[_NONE] * columns]
+    ours = row["contenders"][name]
+    baselines = {name: _median(row, name) for name in _BASELINES}
     ratios = [
         "failed" if name in failed and ms is None else _ratio(ms, ours["median_ms"])
         for name, ms in baselines.items()
@@ -120,11 +142,18 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         *head,
         _time(ours),
+        *([_replay(ours), _launches(row, name)] if on_gpu else []),
         *ratios,
         _ratio(best, ours["median_ms"]),
         f"{100 * row['floor_ms'] / ours['median_ms']:.0f} %",
-        _memory(row),
+        _memory(row, name),
     ]
+
+
+def _rows(row: dict[str, Any], on_gpu: bool) -> list[list[str]]:
+    """One line per backend."""
+    names = [name for name in row.get("contenders", ()) if _is_ours(name)] or [OURS]
+    return [_cells(row, name, on_gpu) for name in names]
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -142,6 +171,7 @@ _HEADER = (
     "of floor",
     "peak MB",
 )
+_GPU_HEADER = ("case", "direction", "backend", "ms", "replay", "launches", *_HEADER[3:])
 
 
 def machine_line(result: dict[str, Any]) -> str:
@@ -149,8 +179,9 @@ def machine_line(result: dict[str, Any]) -> str:
     m = result["machine"]
     versions = m["versions"]
     kinds = {f"{r['dtype']}, backend {r['backend']}" for r in result["results"] if "backend" in r}
+    gpu = f"{m['gpu']}; " if "gpu" in m else ""
     return (
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} kernels; "
+        f"{gpu}{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['isa']} kernels; "
         f"{m['gflop_per_s']:.0f} GFLOP/s, {m['gb_per_s']:.0f} GB/s; {'; '.join(sorted(kinds))}; "
         f"mimnet_fast {versions['mimnet_fast']} ({m['commit']}), torch {versions['torch']}, "
         f"Python {versions['python']}; {m['date']}."
@@ -159,10 +190,14 @@ def machine_line(result: dict[str, Any]) -> str:
 
 def section(result: dict[str, Any]) -> str:
     """One machine: its line, and one table per op."""
-    parts = [f"## {result['machine']['cpu']}", machine_line(result)]
+    machine = result["machine"]
+    on_gpu = "gpu" in machine
+    parts = [f"## {machine.get('gpu', machine['cpu'])}", machine_line(result)]
+    parts += [_ON_A_GPU] if on_gpu else []
     for op in dict.fromkeys(row["op"] for row in result["results"]):
         rows = [row for row in result["results"] if row["op"] == op]
-        parts += [f"### {op}", _table(_HEADER, map(_cells, rows))]
+        lines = [line for row in rows for line in _rows(row, on_gpu)]
+        parts += [f"### {op}", _table(_GPU_HEADER if on_gpu else _HEADER, lines)]
         parts += [
             f"Not timed: {name} ({row['case']}, {row['direction']}): {error}"
             for row in rows
@@ -185,12 +220,19 @@ def page(results: list[dict[str, Any]]) -> str:
 
 def readme_block(results: list[dict[str, Any]]) -> str:
     """The whole model on every machine, for the README."""
-    columns = [_HEADER.index(name) for name in _HEADER if name != "vs compile(textbook)"]
     parts = []
     for result in results:
-        rows = [_cells(row) for row in result["results"] if row["op"] == "mimnet_forward"]
+        on_gpu = "gpu" in result["machine"]
+        header = _GPU_HEADER if on_gpu else _HEADER
+        columns = [i for i, name in enumerate(header) if name != "vs compile(textbook)"]
+        rows = [
+            line
+            for row in result["results"]
+            if row["op"] == "mimnet_forward"
+            for line in _rows(row, on_gpu)
+        ]
         if rows:
-            cells = [[row[i] for i in columns] for row in (_HEADER, *rows)]
+            cells = [[row[i] for i in columns] for row in (header, *rows)]
             parts += [_table(cells[0], cells[1:]), machine_line(result)]
     return "\n\n".join(parts)
 
