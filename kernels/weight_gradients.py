@@ -77,36 +77,44 @@ def _outer_sums_kernel(
     TILE_ROWS: tl.constexpr,
 ):
     position = tl.program_id(0)
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     i = _owner(first_tiles, position)
-    m_size, n_size = _at(ms, i), _at(ns, i)
-    tile = position - _at(first_tiles, i)
+    m_size, n_size = _at(ms, i).to(tl.int32), _at(ns, i).to(tl.int32)
+    tile = position - _at(first_tiles, i).to(tl.int32)
     tiles_n = tl.cdiv(n_size, TILE_N)
     tiles_m = tl.cdiv(m_size, TILE_M)
-    group = tile // (tiles_m * tiles_n)
+    group = (tile // (tiles_m * tiles_n)).to(tl.int64)
     m = (tile // tiles_n % tiles_m * TILE_M + tl.arange(0, TILE_M))[None, :]
     n = (tile % tiles_n * TILE_N + tl.arange(0, TILE_N))[None, :]
 
-    left = _pointer_at(lefts, i) + group * _at(left_strides_g, i) + m * _at(left_strides_m, i)
-    right = _pointer_at(rights, i) + group * _at(right_strides_g, i) + n * _at(right_strides_n, i)
+    row_tiles = tl.cdiv(_at(rows, i), TILE_ROWS).to(tl.int32)
+    per_part = tl.cdiv(row_tiles, tl.num_programs(1))
+    first = part.to(tl.int64) * per_part * TILE_ROWS
+    last = tl.minimum(_at(rows, i), first + per_part * TILE_ROWS)
+    r = first + tl.arange(0, TILE_ROWS)[:, None]
     left_stride, right_stride = _at(left_strides_r, i), _at(right_strides_r, i)
-    last = _at(rows, i)
-    per_part = tl.cdiv(tl.cdiv(last, tl.num_programs(1)), TILE_ROWS) * TILE_ROWS
-    last = tl.minimum(last, (part + 1) * per_part)
+    left = _pointer_at(lefts, i) + group * _at(left_strides_g, i)
+    left += r * left_stride + m * _at(left_strides_m, i)
+    right = _pointer_at(rights, i) + group * _at(right_strides_g, i)
+    right += r * right_stride + n * _at(right_strides_n, i)
     # What is not there of the left is 1: a column sum has no left, and the right is then 0.
     in_left, in_right = m < _at(left_columns, i), n < n_size
     total = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for start in range(bound(part * per_part), bound(last), TILE_ROWS):
-        r = (start + tl.arange(0, TILE_ROWS))[:, None]
-        a = tl.load(left + r * left_stride, mask=(r < last) & in_left, other=1.0)
-        b = tl.load(right + r * right_stride, mask=(r < last) & in_right, other=0.0)
+    for start in range(bound(first), bound(last), TILE_ROWS):
+        here = start + tl.arange(0, TILE_ROWS)[:, None] < last
+        a = tl.load(left, mask=here & in_left, other=1.0)
+        b = tl.load(right, mask=here & in_right, other=0.0)
         total += product(tl.trans(a), b, tl.float32)
+        left += TILE_ROWS * left_stride
+        right += TILE_ROWS * right_stride
 
     m = tl.trans(m)
     at = (group * m_size + m) * n_size + n
     here = (m < m_size) & (n < n_size)
     if SPLIT:
-        tl.store(parts + part * elements + _at(first_elements, i) + at, total, mask=here)
+        tl.store(
+            parts + part.to(tl.int64) * elements + _at(first_elements, i) + at, total, mask=here
+        )
     else:
         tl.store(_pointer_at(outs, i) + at, total, mask=here)
 
