@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMicro = 4;       // entries of a thread in each direction
 constexpr int kStaged = 8192;   // floats of both operands in shared memory at a time
-constexpr int kMostTasks = 24;  // keep the arguments of the kernel below 4 KB
+constexpr int kMostTasks = 20;  // keep the arguments of the kernel below 4 KB
 constexpr int kSmallTile = 16, kLargeTile = 64;
 
 struct Task {
@@ -46,7 +46,7 @@ MIMNET_FAST_DEVICE const Task& task_of(const Tasks& tasks, int64_t& block) {
 
 MIMNET_FAST_DEVICE void write_sum(const OuterSum& sum, int i, int j, float value) {
   const int64_t offset =
-      sum.left ? i * sum.out.stride[0] + j * sum.out.stride[1] : j * sum.out.stride[0];
+      sum.out.dims == 2 ? i * sum.out.stride[0] + j * sum.out.stride[1] : j * sum.out.stride[0];
   write(sum.out, offset, value);
 }
 
