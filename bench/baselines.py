@@ -179,7 +179,8 @@ def names(
     return [*ours(backends), *FORMS[op], *compiled]
 
 
-def _served_by(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def served_by(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    """An op on a backend."""
     return function if backend == "auto" else partial(function, backend=backend)
 
 
@@ -192,7 +193,7 @@ def contenders(
     # Static shapes make one compiled version per case, and torch gives up after eight of them.
     torch.compiler.reset()
     functions = [
-        *(_served_by(getattr(ops, op), backend) for backend in backends),
+        *(served_by(getattr(ops, op), backend) for backend in backends),
         *FORMS[op].values(),
         *(
             torch.compile(form, dynamic=False, mode=None if mode == "default" else mode)

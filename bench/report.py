@@ -102,7 +102,7 @@ def _replay(ours: dict[str, Any]) -> str:
 
 def _launches(row: dict[str, Any], name: str) -> str:
     counts = {name: c["launches"] for name, c in row["contenders"].items() if "launches" in c}
-    fewest = min((n for other, n in counts.items() if not _is_ours(other)), default=_NONE)
+    fewest = min((n for other, n in counts.items() if not is_ours(other)), default=_NONE)
     return f"{counts.get(name, _NONE)} / {counts.get('textbook', _NONE)} / {fewest}"
 
 
@@ -115,12 +115,13 @@ def _memory(row: dict[str, Any], name: str) -> str:
     if name not in peaks or "textbook" not in peaks:
         return _NONE
     ours = peaks[name]
-    least = min(peak for other, peak in peaks.items() if not _is_ours(other))
+    least = min(peak for other, peak in peaks.items() if not is_ours(other))
     mine = f"**{ours:.1f} more**" if round(ours, 1) > round(least, 1) else f"{ours:.1f}"
     return f"{mine} / {peaks['textbook']:.1f} / {least:.1f}"
 
 
-def _is_ours(contender: str) -> bool:
+def is_ours(contender: str) -> bool:
+    """Whether a contender's name is that of our op on some backend."""
     return contender.startswith(OURS)
 
 
@@ -152,7 +153,7 @@ def _cells(row: dict[str, Any], name: str = OURS, on_gpu: bool = False) -> list[
 
 def _rows(row: dict[str, Any], on_gpu: bool) -> list[list[str]]:
     """One line per backend."""
-    names = [name for name in row.get("contenders", ()) if _is_ours(name)] or [OURS]
+    names = [name for name in row.get("contenders", ()) if is_ours(name)] or [OURS]
     return [_cells(row, name, on_gpu) for name in names]
 
 
@@ -174,6 +175,12 @@ _HEADER = (
 _GPU_HEADER = ("case", "direction", "backend", "ms", "replay", "launches", *_HEADER[3:])
 
 
+def title(result: dict[str, Any]) -> str:
+    """What was measured on: the GPU, else the processor."""
+    machine = result["machine"]
+    return machine.get("gpu", machine["cpu"])
+
+
 def machine_line(result: dict[str, Any]) -> str:
     """The machine, the versions and the day, in one sentence."""
     m = result["machine"]
@@ -190,9 +197,8 @@ def machine_line(result: dict[str, Any]) -> str:
 
 def section(result: dict[str, Any]) -> str:
     """One machine: its line, and one table per op."""
-    machine = result["machine"]
-    on_gpu = "gpu" in machine
-    parts = [f"## {machine.get('gpu', machine['cpu'])}", machine_line(result)]
+    on_gpu = "gpu" in result["machine"]
+    parts = [f"## {title(result)}", machine_line(result)]
     parts += [_ON_A_GPU] if on_gpu else []
     for op in dict.fromkeys(row["op"] for row in result["results"]):
         rows = [row for row in result["results"] if row["op"] == op]
