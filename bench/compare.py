@@ -112,23 +112,17 @@ def _one_line(error: Exception) -> str:
     return textwrap.shorten(text, 500)
 
 
-def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both directions of one op at one size; what fails has an error instead of times."""
-    dtype, modes, backends = (
-        cases.DTYPES[options.dtype],
-        tuple(options.modes),
-        tuple(options.backends),
-    )
-    names = baselines.names(op, modes, backends)
+def _common(op: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     shape = {name: value for name, value in vars(case).items() if name != "name"}
-    common = {"op": op, "case": case.name, "shape": shape, "dtype": options.dtype}
-    try:
-        arena = baselines.Contest(op, case, dtype, modes, options.device, backends)
-    except Exception as error:  # one broken op must not cost the results of the others
-        return [
-            {**common, "direction": direction, "error": _one_line(error)}
-            for direction in cases.DIRECTIONS
-        ]
+    return {"op": op, "case": case.name, "shape": shape, "dtype": options.dtype}
+
+
+def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Both directions of one op at one size; a contender that fails has an error and no times."""
+    modes, backends = tuple(options.modes), tuple(options.backends)
+    names = baselines.names(op, modes, backends)
+    dtype = cases.DTYPES[options.dtype]
+    arena = baselines.Contest(op, case, dtype, modes, options.device, backends)
     rows = []
     work = zip(
         cases.DIRECTIONS,
@@ -148,9 +142,12 @@ def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, 
             found[name] = _summary(samples)
         if options.device == "cuda":
             for name, step in steps.items():
-                found[name] |= _seen_by_gpu(name, step)
+                try:
+                    found[name] |= _seen_by_gpu(name, step)
+                except Exception as error:  # what cannot be captured in a graph
+                    print(f"{op} {case.name} {direction} {name}: {error}", file=sys.stderr)
         row = {
-            **common,
+            **_common(op, case, options),
             "direction": direction,
             "backend": arena.backend,
             "flops": flops,
@@ -167,10 +164,7 @@ def _seen_by_gpu(name: str, step: Callable[[], Any]) -> dict[str, Any]:
         "launches": clock.launches(step),
     }
     if "compile" not in name:  # some modes are graphs already
-        try:
-            facts["replay_ms"] = 1e3 * clock.replay(step)
-        except Exception as error:
-            facts["replay_error"] = _one_line(error)
+        facts["replay_ms"] = 1e3 * clock.replay(step)
     return facts
 
 
@@ -209,49 +203,68 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     dtype = cases.DTYPES[options.dtype]
     start = time.perf_counter()
-    rates, rows = [], []
+
+    def say(what: str) -> None:
+        print(f"[{time.perf_counter() - start:4.0f} s] {what}", file=sys.stderr)
+
+    result: dict[str, Any] = {"schema": SCHEMA, "machine": describe_machine(options.device)}
+    result["results"] = rows = []
+    rates = []
     chosen = cases.selected(options)
     for number, (op, case) in enumerate(chosen, 1):
         if time.perf_counter() - start > options.limit:
-            left = ", ".join(f"{op} {case.name}" for op, case in chosen[number - 1 :])
-            print(f"no time left for {left}", file=sys.stderr)
+            say(f"no time left for {', '.join(f'{op} {c.name}' for op, c in chosen[number - 1 :])}")
             break
-        print(
-            f"[{time.perf_counter() - start:4.0f} s] {number}/{len(chosen)} {op} {case.name}",
-            file=sys.stderr,
-        )
-        rates.append(machine_rates(dtype, options.device))
-        rows += contest(op, case, options)
+        say(f"{number}/{len(chosen)} {op} {case.name}")
+        try:
+            rates.append(machine_rates(dtype, options.device))
+            rows += contest(op, case, options)
+        except Exception as error:  # one broken op must not cost the results of the others
+            rows += [
+                {**_common(op, case, options), "direction": direction, "error": _one_line(error)}
+                for direction in cases.DIRECTIONS
+            ]
+        _add_floors(result, rates)
+        if options.out is not None:  # the run may be stopped before its end
+            save(options.out, result)
+    if options.device == "cpu":
+        say("peak memory")
+        peaks = memory.measure(options)
+        for row in rows:
+            if "error" not in row and row["direction"] != "forward":
+                for name, contender in row["contenders"].items():
+                    contender["peak_bytes"] = peaks.get((row["op"], row["case"], name))
+    return result
+
+
+def _add_floors(result: dict[str, Any], rates: Sequence[tuple[float, float]]) -> None:
+    if not rates:
+        return
     # The best of many tries, because a floor must not rise with the noise of the machine.
     flops_per_s, bytes_per_s = map(max, zip(*rates, strict=True))
-    peaks = {}
-    if options.device == "cpu":
-        print(f"[{time.perf_counter() - start:4.0f} s] peak memory", file=sys.stderr)
-        peaks = memory.measure(options)
-    for row in rows:
-        if "error" in row:
-            continue
-        row["floor_ms"] = 1e3 * max(row["flops"] / flops_per_s, row["bytes"] / bytes_per_s)
-        for name, contender in row["contenders"].items():
-            if options.device == "cpu" and row["direction"] != "forward":
-                contender["peak_bytes"] = peaks.get((row["op"], row["case"], name))
-    machine = describe_machine(options.device)
-    machine |= {"gflop_per_s": flops_per_s / 1e9, "gb_per_s": bytes_per_s / 1e9}
-    return {"schema": SCHEMA, "machine": machine, "results": rows}
+    result["machine"] |= {"gflop_per_s": flops_per_s / 1e9, "gb_per_s": bytes_per_s / 1e9}
+    for row in result["results"]:
+        if "error" not in row:
+            row["floor_ms"] = 1e3 * max(row["flops"] / flops_per_s, row["bytes"] / bytes_per_s)
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, complete or not at all."""
+    report.write(path, json.dumps(result, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; the exit code says whether everything was right."""
     options = _parse(arguments)
     result = run(options)
-    everything = len(cases.selected(options)) == sum(
+    everything = options.limit == float("inf") and len(cases.selected(options)) == sum(
         len(cases.of_device(op, options.device)) for op in cases.CASES
     )
     out = options.out
     if out is None and everything:
         out = report.RESULTS / f"{_slug(result['machine'], options.dtype)}.json"
     if out is not None:
-        report.write(out, json.dumps(result, indent=1) + "\n")
+        save(out, result)
     print(report.section(result))
     if options.render:
         report.update()
