@@ -38,10 +38,14 @@ def test_op(op, order):
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "cuda_on_host.plugin"),
-            *("-p", "no:cacheprovider", "-k", f"{op} and native"),
+            *("-p", "no:cacheprovider", "--capture=sys", "--maxfail=3", "-k", f"{op} and native"),
             *(TESTS / f"test_{name}.py" for name in (op, "memory", "gradients")),
         ],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(TESTS),
+            "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
+        },
         capture_output=True,
         text=True,
     )
