@@ -5,5 +5,7 @@ import torch
 
 import cuda_on_host
 
-cuda_on_host.load()
-cases.DTYPES = tuple(dtype for dtype in cases.DTYPES if dtype is not torch.float64)
+
+def pytest_configure():
+    cuda_on_host.load()
+    cases.DTYPES = tuple(dtype for dtype in cases.DTYPES if dtype is not torch.float64)
