@@ -270,73 +270,82 @@ def _dynamic_routing_forward_kernel(
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
     top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
     total = tl.zeros([K_TILE, 1], tl.float32)
-    for step in range(bound(iterations)):
-        last = step == iterations - 1
-        pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
-        top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
-        total = tl.zeros([K_TILE, 1], tl.float32)
-        for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
-            if not WHOLE:
-                x = _load_inputs(
-                    inputs, start, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
-                    OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
-                )  # fmt: skip
-                first = _load_logits(
-                    logits, start, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
-                )
-                real = _load_real(mask, start, mask_stride_l, length, L_TILE)
-            at = start + tl.arange(0, L_TILE)[None, :]
-            logit = first
-            if step > 0:
-                if OWN_VOTES:
-                    logit += tl.sum(back[:, None, :] * x.to(tl.float32), 2)
-                else:
-                    logit += product(back, tl.trans(x), STORAGE)
-            logit *= inverse_temperature
-            if PADDING == FILL_BEFORE:
-                logit = tl.where(real, logit, _PADDING_LOGIT)
-            taken = at < length if PADDING == FILL_BEFORE else real
-            if AXIS == CAPSULES:
-                logit = tl.where(present, logit, _LOWEST)
-                share = tl.where(present, tl.exp(logit - tl.max(logit, 0, keep_dims=True)), 0.0)
-                sum_of_shares = tl.sum(share, 0, keep_dims=True)
-                share = share / tl.where(sum_of_shares > 0, sum_of_shares, 1.0)
-                share = tl.where(taken, share, 0.0)
-                tl.store(coupling + at, share, mask=(k < K) & (at < length) & last)
-            else:
-                counts = real if PADDING == IGNORE else at < length
-                logit = tl.where(counts, logit, _LOWEST)
-                new_top = tl.maximum(top, tl.max(logit, 1, keep_dims=True))
-                share = tl.where(counts, tl.exp(logit - new_top), 0.0)
-                rescale = tl.exp(top - new_top)
-                total = total * rescale + tl.sum(share, 1, keep_dims=True)
-                pooled *= rescale
-                top = new_top
-                share = tl.where(taken & present, share, 0.0)
-                # Kept as a logit until the sum is known.
-                kept = tl.where(taken & present, logit, float("-inf"))
-                tl.store(coupling + at, kept, mask=(k < K) & (at < length) & last)
-            if OWN_VOTES:
-                pooled += tl.sum(share[:, :, None] * x.to(tl.float32), 1)
-            else:
-                pooled += product(share, x, STORAGE)
-        if AXIS != CAPSULES:
-            pooled /= tl.where(total > 0, total, 1.0)
-        if not last:
-            norm2 = _norm2(
-                pooled, weight, weight_stride_k, weight_stride_i, weight_stride_d,
-                WEIGHT, K, D_IN, D, D_TILE,
-            )  # fmt: skip
-            factor, _ = squash_factor(norm2, INNER, eps, power)
-            for start in range(0, D, D_TILE):
-                c = times_weight(
-                    pooled, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
+    # The first weighted sum is compiled apart, because it knows no agreement.
+    for AGAIN in tl.static_range(2):
+        for step in range(bound(iterations) - 1 if AGAIN else 1):
+            if AGAIN:
+                norm2 = _norm2(
+                    pooled, weight, weight_stride_k, weight_stride_i, weight_stride_d,
                     WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
-                back += times_weight_transposed(
-                    factor * c, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
-                    WEIGHT, K, D_IN, D, I_TILE,
-                )  # fmt: skip
+                factor, _ = squash_factor(norm2, INNER, eps, power)
+                for start in range(0, D, D_TILE):
+                    c = times_weight(
+                        pooled, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
+                        WEIGHT, K, D_IN, D, D_TILE,
+                    )  # fmt: skip
+                    back += times_weight_transposed(
+                        factor * c, weight, start, weight_stride_k, weight_stride_i,
+                        weight_stride_d, WEIGHT, K, D_IN, D, I_TILE,
+                    )  # fmt: skip
+            pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
+            top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
+            total = tl.zeros([K_TILE, 1], tl.float32)
+            for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
+                if not WHOLE:
+                    x = _load_inputs(
+                        inputs, start, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
+                        OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
+                    )  # fmt: skip
+                    first = _load_logits(
+                        logits, start, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
+                    )
+                    real = _load_real(mask, start, mask_stride_l, length, L_TILE)
+                at = start + tl.arange(0, L_TILE)[None, :]
+                logit = first
+                if AGAIN:
+                    if OWN_VOTES:
+                        logit += tl.sum(back[:, None, :] * x.to(tl.float32), 2)
+                    else:
+                        logit += product(back, tl.trans(x), STORAGE)
+                logit *= inverse_temperature
+                if PADDING == FILL_BEFORE:
+                    logit = tl.where(real, logit, _PADDING_LOGIT)
+                taken = at < length if PADDING == FILL_BEFORE else real
+                if AXIS == CAPSULES:
+                    logit = tl.where(present, logit, _LOWEST)
+                    share = tl.where(present, tl.exp(logit - tl.max(logit, 0, keep_dims=True)), 0.0)
+                    sum_of_shares = tl.sum(share, 0, keep_dims=True)
+                    share = share / tl.where(sum_of_shares > 0, sum_of_shares, 1.0)
+                    share = tl.where(taken, share, 0.0)
+                    tl.store(
+                        coupling + at,
+                        share,
+                        mask=(k < K) & (at < length) & (step + AGAIN == iterations - 1),
+                    )
+                else:
+                    counts = real if PADDING == IGNORE else at < length
+                    logit = tl.where(counts, logit, _LOWEST)
+                    new_top = tl.maximum(top, tl.max(logit, 1, keep_dims=True))
+                    share = tl.where(counts, tl.exp(logit - new_top), 0.0)
+                    rescale = tl.exp(top - new_top)
+                    total = total * rescale + tl.sum(share, 1, keep_dims=True)
+                    pooled *= rescale
+                    top = new_top
+                    share = tl.where(taken & present, share, 0.0)
+                    # Kept as a logit until the sum is known.
+                    kept = tl.where(taken & present, logit, float("-inf"))
+                    tl.store(
+                        coupling + at,
+                        kept,
+                        mask=(k < K) & (at < length) & (step + AGAIN == iterations - 1),
+                    )
+                if OWN_VOTES:
+                    pooled += tl.sum(share[:, :, None] * x.to(tl.float32), 1)
+                else:
+                    pooled += product(share, x, STORAGE)
+            if AXIS != CAPSULES:
+                pooled /= tl.where(total > 0, total, 1.0)
     if AXIS != CAPSULES:
         tl.debug_barrier()
         for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
