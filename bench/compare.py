@@ -188,7 +188,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="time for all contenders of one op, case and direction (default: 2)",
     )
     parser.add_argument(
-        "--limit", type=float, default=float("inf"), help="start nothing after so many seconds"
+        "--limit", type=float, default=float("inf"), help="start no contest after so many seconds"
     )
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     parser.add_argument("--render", action="store_true", help="update the tables in the documents")
@@ -212,12 +212,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rates = []
     chosen = cases.selected(options)
     for number, (op, case) in enumerate(chosen, 1):
-        if time.perf_counter() - start > options.limit:
+        if rates and time.perf_counter() - start > options.limit:
             say(f"no time left for {', '.join(f'{op} {c.name}' for op, c in chosen[number - 1 :])}")
             break
         say(f"{number}/{len(chosen)} {op} {case.name}")
+        rates.append(machine_rates(dtype, options.device))
         try:
-            rates.append(machine_rates(dtype, options.device))
             rows += contest(op, case, options)
         except Exception as error:  # one broken op must not cost the results of the others
             rows += [
@@ -238,8 +238,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_floors(result: dict[str, Any], rates: Sequence[tuple[float, float]]) -> None:
-    if not rates:
-        return
     # The best of many tries, because a floor must not rise with the noise of the machine.
     flops_per_s, bytes_per_s = map(max, zip(*rates, strict=True))
     result["machine"] |= {"gflop_per_s": flops_per_s / 1e9, "gb_per_s": bytes_per_s / 1e9}

@@ -112,7 +112,7 @@ if [[ $DRY ]]; then
 fi
 
 wanted build && stage build 240 bash -c build
-wanted info && stage info 30 bash -c info
+wanted info && stage info 60 bash -c info
 
 DTYPES=()
 for dtype in float32 bfloat16; do
