@@ -122,7 +122,7 @@ def test_shuffles(probe, order):
     out = probe("shuffles", x, torch.zeros(2, 3, 32, 3), blocks=2, threads=96)
     assert torch.equal(out[..., 0], x[..., 5:6].expand(x.shape))
     assert torch.equal(out[..., 1], x.roll(-1, -1))
-    torch.testing.assert_close(out[..., 2], x.sum(-1, keepdim=True).expand(x.shape))
+    assert torch.equal(out[..., 2], x[..., torch.arange(32) ^ 5])
 
 
 def test_shared_memory_is_poisoned_before_every_block(probe):
@@ -132,12 +132,16 @@ def test_shared_memory_is_poisoned_before_every_block(probe):
     assert out.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding(probe, dtype):
-    exponents = torch.arange(-30.0, 31).exp2()
-    x = torch.cat([torch.randn(32, 61).mul(exponents).flatten(), torch.tensor([0.0, torch.inf])])
-    x = torch.cat([x, -x, torch.full((4,), torch.nan)])[: 32 * 120]
-    out = probe(str(dtype).removeprefix("torch."), x, torch.zeros_like(x), blocks=len(x) // 32)
+@pytest.mark.parametrize(
+    ("name", "dtype", "per_thread"),
+    [("bfloat16", torch.bfloat16, 1), ("pairs", torch.bfloat16, 2), ("float16", torch.float16, 1)],
+)
+def test_rounding(probe, name, dtype, per_thread):
+    scales = torch.arange(-30.0, 31).exp2()
+    special = torch.tensor([0.0, torch.inf, torch.nan, 65504, 65520, 1e-45, 3e-8, 3.4e38])
+    x = torch.cat([torch.randn(64, 61).mul(scales).flatten(), special.repeat(8)])
+    blocks = len(x) // (32 * per_thread)
+    out = probe(f"round_trip_of_{name}", x, torch.zeros_like(x), blocks=blocks)
     torch.testing.assert_close(out, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 

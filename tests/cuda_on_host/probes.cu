@@ -68,9 +68,7 @@ MIMNET_FAST_KERNEL(1024, 1) shuffles(Probe p) {
   float* out = p.output<float>() + 3 * thread_of_grid();
   store(out, shuffle(value, 5));
   store(out + 1, shuffle(value, thread_index() % kWarp + 1));
-  float sum = value;
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  store(out + 2, sum);
+  store(out + 2, shuffle_xor(value, 5));
 }
 
 MIMNET_FAST_KERNEL(1024, 1) first_of_shared_memory(Probe p) {
@@ -83,6 +81,14 @@ MIMNET_FAST_KERNEL(32, 1)
 round_trip(Probe p) {
   store(p.output<float>() + thread_of_grid(),
         widen(narrow<S>(load(p.input<float>() + thread_of_grid()))));
+}
+
+MIMNET_FAST_KERNEL(32, 1) round_trip_of_pairs(Probe p) {
+  const float* in = p.input<float>() + 2 * thread_of_grid();
+  float* out = p.output<float>() + 2 * thread_of_grid();
+  const uint32_t pair = narrow_pair(load(in), load(in + 1));
+  store(out, widen(BFloat16{uint16_t(pair)}));
+  store(out + 1, widen(BFloat16{uint16_t(pair >> 16)}));
 }
 
 MIMNET_FAST_KERNEL(32, 1) copy_packs(Probe p) {
@@ -210,8 +216,9 @@ const std::map<std::string, void (*)(Probe)> kernels = {
     KERNEL(reverse_in_warp),
     KERNEL(shuffles),
     KERNEL(first_of_shared_memory),
-    {"bfloat16", round_trip<BFloat16>},
-    {"float16", round_trip<Float16>},
+    {"round_trip_of_bfloat16", round_trip<BFloat16>},
+    {"round_trip_of_float16", round_trip<Float16>},
+    KERNEL(round_trip_of_pairs),
     KERNEL(copy_packs),
     KERNEL(multiply_by_layout),
     KERNEL(multiply_loaded),
