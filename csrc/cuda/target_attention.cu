@@ -25,6 +25,15 @@ bool are_float_rows(const View& v) {
   return v.dtype == DType::float32 && even && (v.size[2] == 1 || v.stride[2] == 1);
 }
 
+FloatRows float_rows(const View& v, const float* saved) {
+  if (saved) return {saved, v.size[2]};
+  return {static_cast<const float*>(v.data), v.stride[v.size[1] == 1 ? 0 : 1]};
+}
+
+const float* of_head(const AttentionPlan& p, const float* rows, int head, int64_t width) {
+  return rows ? rows + head * p.batch * p.candidates * width : nullptr;
+}
+
 }  // namespace
 
 int64_t cut(AttentionPlan& p, bool backward) {
@@ -83,9 +92,8 @@ void allocate(AttentionPlan& p, const AttentionWeights* grads, bool queries, con
   p.interests_grad = floats(p.candidate_tiles > 1, p.batch * p.interests * p.d);
 }
 
-FloatRows float_rows(const View& v, const float* saved) {
-  if (saved) return {saved, v.size[2]};
-  return {static_cast<const float*>(v.data), v.stride[v.size[1] == 1 ? 0 : 1]};
+FloatRows query_rows(const AttentionPlan& p, int head) {
+  return float_rows(p.query[head], of_head(p, p.rows.query, head, p.d));
 }
 
 View as_row(View v, int64_t first) {
@@ -98,15 +106,12 @@ View as_row(View v, int64_t first) {
 
 void add_sums(const AttentionPlan& p, const AttentionWeights* grads, OuterSum* sums, int& count) {
   const int64_t rows = p.batch * p.candidates, d = p.d;
-  const auto of_head = [&](const float* saved, int h, int64_t width) {
-    return saved ? saved + h * rows * width : nullptr;
-  };
   const FloatRows grad = float_rows(p.grad, p.rows.grad);
   for (int h = 0; h < p.heads; ++h) {
-    const FloatRows query = float_rows(p.query[h], of_head(p.rows.query, h, d));
-    const float* folded_grad = of_head(p.rows.folded_grad, h, d);
-    const float* pooled = of_head(p.rows.pooled, h, d);
-    const float* share = of_head(p.rows.share, h, 1);
+    const FloatRows query = query_rows(p, h);
+    const float* folded_grad = of_head(p, p.rows.folded_grad, h, d);
+    const float* pooled = of_head(p, p.rows.pooled, h, d);
+    const float* share = of_head(p, p.rows.share, h, 1);
     sums[count++] = {query.data, folded_grad, query.stride, d, rows, p.d, p.d, grads[h].key_weight};
     sums[count++] = {grad.data, pooled, grad.stride, d, rows, p.d, p.d, grads[h].value_weight};
     sums[count++] = {share, grad.data, 1,   grad.stride,
@@ -116,99 +121,79 @@ void add_sums(const AttentionPlan& p, const AttentionWeights* grads, OuterSum* s
 
 namespace {
 
-struct AttentionLaunch {
+struct TargetAttention {
   AttentionPlan plan;
   View out, coefficients;
   View grad_query, grad_interests;
-};
 
-template <int D, int P>
-MIMNET_FAST_DEVICE void forward(const AttentionLaunch& args) {
-  const AttentionPlan& p = args.plan;
-  Arena arena(shared_memory());
-  const AttentionState s(p, arena, false);
-  const AttentionTile tile =
-      attention_tile(p, block_index() / p.candidate_tiles, int(block_index() % p.candidate_tiles));
-  load_weights(p, s);
-  load_keys(p, s, tile);
-  load_queries(p, s, tile);
-  for (int row = thread_index(); row < tile.rows(); row += block_threads()) s.share[row] = 1;
-  sync_block();
-  fold_queries<D, P>(p, s, tile);
-  sync_block();
-  attend<D, P, false>(p, s, tile,
-                      [&](int row, int d, float pooled, float) { s.pooled(row, d) = pooled; });
-  sync_block();
-  project_pooled<D, P>(p, s, tile, [&](int row, int d, float value) {
-    write(args.out, (tile.row + row) * p.d + d, value);
-  });
-  for (int t = thread_index(); t < tile.rows() * p.interests; t += block_threads()) {
-    write(args.coefficients, tile.row * p.interests + t,
-          s.coefficients(t / p.interests, t % p.interests));
-  }
-}
-
-template <int D, int P>
-MIMNET_FAST_DEVICE void backward(const AttentionLaunch& args) {
-  const AttentionPlan& p = args.plan;
-  Arena arena(shared_memory());
-  const AttentionState s(p, arena, true);
-  load_weights(p, s);
-  for (int t = 0; t < p.candidate_tiles; ++t) {
-    const AttentionTile tile = attention_tile(p, block_index(), t);
-    if (t == 0) load_keys(p, s, tile);
+  template <int D, int P>
+  MIMNET_FAST_DEVICE void forward() const {
+    const AttentionPlan& p = plan;
+    Arena arena(shared_memory());
+    const AttentionState s(p, arena, false);
+    const AttentionTile tile = attention_tile(p, block_index() / p.candidate_tiles,
+                                              int(block_index() % p.candidate_tiles));
+    load_weights(p, s);
+    load_keys(p, s, tile);
     load_queries(p, s, tile);
-    load_grad(p, s, tile);
-    for (int row = thread_index(); row < tile.rows(); row += block_threads()) s.share[row] = 1;
+    share_alike(s, tile);
     sync_block();
     fold_queries<D, P>(p, s, tile);
-    project_grad<D, P>(p, s, tile);
     sync_block();
-    attend<D, P, true>(p, s, tile, [&](int row, int d, float pooled, float folded_grad) {
-      s.folded_grad(row, d) = folded_grad;
-      save_row(p, tile, row, d, pooled, folded_grad);
+    attend_forward<D, P>(p, s, tile);
+    sync_block();
+    project_pooled<D, P>(p, s, tile, [&](int row, int d, float value) {
+      write(out, (tile.row + row) * p.d + d, value);
     });
-    sync_block();
-    save_shares(p, s, tile);
-    if (args.grad_interests) {
-      interests_gradient<D>(p, s, tile, [&](int u, int k, int d, float value) {
-        write_interests_gradient(p, t, args.grad_interests,
-                                 ((tile.user + u) * p.interests + k) * p.d + d, value);
-      });
+    for (int t = thread_index(); t < tile.rows() * p.interests; t += block_threads()) {
+      write(coefficients, tile.row * p.interests + t,
+            s.coefficients(t / p.interests, t % p.interests));
     }
-    if (args.grad_query) {
-      query_gradient<D, P>(p, s, tile, [&](int row, int d, float value) {
-        write(args.grad_query, (tile.row + row) * p.d + d, value);
-      });
+  }
+
+  template <int D, int P>
+  MIMNET_FAST_DEVICE void backward() const {
+    const AttentionPlan& p = plan;
+    Arena arena(shared_memory());
+    const AttentionState s(p, arena, true);
+    load_weights(p, s);
+    for (int t = 0; t < p.candidate_tiles; ++t) {
+      const AttentionTile tile = attention_tile(p, block_index(), t);
+      if (t == 0) load_keys(p, s, tile);
+      load_queries(p, s, tile);
+      load_grad(p, s, tile);
+      share_alike(s, tile);
+      sync_block();
+      fold_queries<D, P>(p, s, tile);
+      project_grad<D, P>(p, s, tile);
+      sync_block();
+      attend_backward<D, P>(p, s, tile);
+      sync_block();
+      save_shares(p, s, tile);
+      if (grad_interests) {
+        interests_gradient<D>(p, s, tile, [&](int u, int k, int d, float value) {
+          write_interests_gradient(p, t, grad_interests,
+                                   ((tile.user + u) * p.interests + k) * p.d + d, value);
+        });
+      }
+      if (grad_query) {
+        query_gradient<D, P>(p, s, tile, [&](int row, int d, float value) {
+          write(grad_query, (tile.row + row) * p.d + d, value);
+        });
+      }
+      sync_block();
     }
-    sync_block();
   }
-}
 
-template <bool kBackward, int D, int P>
-MIMNET_FAST_DEVICE void run(const AttentionLaunch& args) {
-  if constexpr (kBackward) {
-    backward<D, P>(args);
-  } else {
-    forward<D, P>(args);
+ private:
+  static MIMNET_FAST_DEVICE void share_alike(const AttentionState& s, const AttentionTile& tile) {
+    for (int row = thread_index(); row < tile.rows(); row += block_threads()) s.share[row] = 1;
   }
-}
+};
 
-template <bool kBackward, int D>
-MIMNET_FAST_KERNEL(kAttentionThreads, 4)
-attention(AttentionLaunch args) {
-  run<kBackward, D, 0>(args);
-}
-
-template <bool kBackward, int D, int P>
-MIMNET_FAST_KERNEL(kAttentionThreads, 4)
-attention_tensor(AttentionLaunch args) {
-  run<kBackward, D, P>(args);
-}
-
-AttentionLaunch arguments(const AttentionArgs& call) {
-  AttentionLaunch args{};
-  AttentionPlan& p = args.plan;
+TargetAttention attention(const AttentionArgs& call) {
+  TargetAttention attention{};
+  AttentionPlan& p = attention.plan;
   p.heads = 1;
   p.interests = int(call.interests.size[1]);
   p.d = int(call.interests.size[2]);
@@ -223,42 +208,31 @@ AttentionLaunch arguments(const AttentionArgs& call) {
   p.hard = call.hard;
   p.grad = call.grad;
   p.grad_coefficients = call.grad_coefficients;
-  args.out = call.out;
-  args.coefficients = call.coefficients;
-  args.grad_query = call.grad_query;
-  args.grad_interests = call.grad_interests;
-  return args;
-}
-
-template <bool kBackward>
-AttentionPlan start(const AttentionArgs& call) {
-  AttentionLaunch args = arguments(call);
-  AttentionPlan& p = args.plan;
-  const Stream& stream = call.execution.stream;
-  const int64_t bytes = cut(p, kBackward);
-  if (kBackward) allocate(p, &call.grad_weights, false, stream);
-  using Kernel = void (*)(AttentionLaunch);
-  const Kernel kernel = attention_instance(p, []<int D, int P>() -> Kernel {
-    if constexpr (P == 0) {
-      return attention<kBackward, D>;
-    } else {
-      return attention_tensor<kBackward, D, P>;
-    }
-  });
-  launch(kernel, attention_blocks(p, kBackward), kAttentionThreads, bytes, stream, args);
-  return p;
+  attention.out = call.out;
+  attention.coefficients = call.coefficients;
+  attention.grad_query = call.grad_query;
+  attention.grad_interests = call.grad_interests;
+  return attention;
 }
 
 }  // namespace
 
-void target_attention(const AttentionArgs& call) { start<false>(call); }
+void target_attention(const AttentionArgs& call) {
+  TargetAttention attention = cuda::attention(call);
+  start_attention<false>(attention, cut(attention.plan, false), call.execution.stream);
+}
 
 void target_attention_backward(const AttentionArgs& call) {
-  const AttentionPlan p = start<true>(call);
+  const Stream& stream = call.execution.stream;
+  TargetAttention attention = cuda::attention(call);
+  AttentionPlan& p = attention.plan;
+  const int64_t bytes = cut(p, true);
+  allocate(p, &call.grad_weights, false, stream);
+  start_attention<true>(attention, bytes, stream);
   OuterSum sums[3];
   int count = 0;
   add_sums(p, &call.grad_weights, sums, count);
-  outer_sums(call.execution.stream, sums, count);
+  outer_sums(stream, sums, count);
 }
 
 }  // namespace mimnet_fast::cuda

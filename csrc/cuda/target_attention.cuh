@@ -117,48 +117,16 @@ int64_t cut(AttentionPlan& plan, bool backward);
 // Then, for backward: allocates what these gradients need; `queries` for sums of the caller's own.
 void allocate(AttentionPlan& plan, const AttentionWeights* grads, bool queries,
               const Stream& stream);
-// float32 rows of a tensor [B,C,D] for an OuterSum: saved ones, or those of the tensor itself.
+// float32 rows of the queries: those saved, or of the tensor itself.
 struct FloatRows {
   const float* data;
   int64_t stride;
 };
-FloatRows float_rows(const View& v, const float* saved);
+FloatRows query_rows(const AttentionPlan& plan, int head);
 // A vector as the only row of a sum of outer products, from element `first` on.
 View as_row(View v, int64_t first);
 // Appends the sums for the gradients of the projections.
 void add_sums(const AttentionPlan& plan, const AttentionWeights* grads, OuterSum* sums, int& count);
-
-// The instance of a kernel for the sizes at hand, select.operator()<D, P>(): P planes of the
-// weights on tensor cores, or none (0).
-template <class Select>
-auto attention_instance(const AttentionPlan& p, Select select) {
-  const auto by_planes = [&]<int D>() {
-    switch (planes_of(p.keys.dtype)) {
-      case 1:
-        return select.template operator()<D, 1>();
-      case 2:
-        return select.template operator()<D, 2>();
-      default:
-        return select.template operator()<D, 3>();
-    }
-  };
-  switch (p.d) {
-    case 8:
-      return select.template operator()<8, 0>();
-    case 10:
-      return select.template operator()<10, 0>();
-    case 16:
-      return select.template operator()<16, 0>();
-    case 32:
-      return by_planes.template operator()<32>();
-    case 64:
-      return by_planes.template operator()<64>();
-    case 128:
-      return by_planes.template operator()<128>();
-    default:
-      return select.template operator()<0, 0>();
-  }
-}
 
 MIMNET_FAST_DEVICE AttentionTile attention_tile(const AttentionPlan& p, int64_t user_tile,
                                                 int candidate_tile) {
@@ -523,7 +491,8 @@ MIMNET_FAST_DEVICE void weigh_row(const AttentionPlan& p, const AttentionState& 
   if constexpr (kBackward) {
     // The gradients are centred around that of the heaviest interest: where it takes nearly
     // everything, what is left of the others is small and must not come out of a difference.
-    reference = sum > 0 ? row_max(reference) : 0.0f;
+    reference = row_max(reference);
+    if (sum <= 0) reference = 0;
     float mean = 0;
     for (int k = lane; k < count; k += kAttentionLanes) {
       mean += s.coefficients(row, k) * inverse * (s.score_grad(row, k) - reference);
@@ -609,6 +578,22 @@ MIMNET_FAST_DEVICE void attend(const AttentionPlan& p, const AttentionState& s,
   });
 }
 
+template <int D, int P>
+MIMNET_FAST_DEVICE void attend_forward(const AttentionPlan& p, const AttentionState& s,
+                                       const AttentionTile& tile) {
+  attend<D, P, false>(p, s, tile,
+                      [&](int row, int d, float pooled, float) { s.pooled(row, d) = pooled; });
+}
+
+template <int D, int P>
+MIMNET_FAST_DEVICE void attend_backward(const AttentionPlan& p, const AttentionState& s,
+                                        const AttentionTile& tile) {
+  attend<D, P, true>(p, s, tile, [&](int row, int d, float pooled, float folded_grad) {
+    s.folded_grad(row, d) = folded_grad;
+    save_row(p, tile, row, d, pooled, folded_grad);
+  });
+}
+
 // put(user of the tile, k, d, gradient of the interest from the candidates of the tile).
 template <int D, class Put>
 MIMNET_FAST_DEVICE void interests_gradient(const AttentionPlan& p, const AttentionState& s,
@@ -637,6 +622,69 @@ MIMNET_FAST_DEVICE void write_interests_gradient(const AttentionPlan& p, int can
   } else {
     write(out, at, value);
   }
+}
+
+// Launches
+
+// An attention is its plan and what forward<D, P>() and backward<D, P>() do with it.
+template <bool kBackward, int D, int P, class Attention>
+MIMNET_FAST_DEVICE void run_attention(const Attention& attention) {
+  if constexpr (kBackward) {
+    attention.template backward<D, P>();
+  } else {
+    attention.template forward<D, P>();
+  }
+}
+
+template <bool kBackward, int D, class Attention>
+MIMNET_FAST_KERNEL(kAttentionThreads, 4)
+attention_kernel(Attention attention) {
+  run_attention<kBackward, D, 0>(attention);
+}
+
+template <bool kBackward, int D, int P, class Attention>
+MIMNET_FAST_KERNEL(kAttentionThreads, 4)
+attention_tensor_kernel(Attention attention) {
+  run_attention<kBackward, D, P>(attention);
+}
+
+template <bool kBackward, int D, class Attention>
+auto attention_kernel_for(DType dtype) {
+  switch (planes_of(dtype)) {
+    case 1:
+      return attention_tensor_kernel<kBackward, D, 1, Attention>;
+    case 2:
+      return attention_tensor_kernel<kBackward, D, 2, Attention>;
+    default:
+      return attention_tensor_kernel<kBackward, D, 3, Attention>;
+  }
+}
+
+template <bool kBackward, class Attention>
+auto attention_kernel_for(const AttentionPlan& p) {
+  switch (p.d) {
+    case 8:
+      return attention_kernel<kBackward, 8, Attention>;
+    case 10:
+      return attention_kernel<kBackward, 10, Attention>;
+    case 16:
+      return attention_kernel<kBackward, 16, Attention>;
+    case 32:
+      return attention_kernel_for<kBackward, 32, Attention>(p.keys.dtype);
+    case 64:
+      return attention_kernel_for<kBackward, 64, Attention>(p.keys.dtype);
+    case 128:
+      return attention_kernel_for<kBackward, 128, Attention>(p.keys.dtype);
+    default:
+      return attention_kernel<kBackward, 0, Attention>;
+  }
+}
+
+template <bool kBackward, class Attention>
+void start_attention(const Attention& attention, int64_t shared_bytes, const Stream& stream) {
+  const AttentionPlan& p = attention.plan;
+  launch(attention_kernel_for<kBackward, Attention>(p), attention_blocks(p, kBackward),
+         kAttentionThreads, shared_bytes, stream, attention);
 }
 
 }  // namespace mimnet_fast::cuda
