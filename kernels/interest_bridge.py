@@ -27,6 +27,10 @@ from ._launch import launch
 from ._tiles import bound, padded, product
 from .weight_gradients import add_parts, outer_sums
 
+_PROGRAMS = 128
+# As many rows of w1 as a product needs at least: more are fetched early, into registers.
+_INNER = tl.constexpr(16)
+
 
 @triton.jit
 def _users(user, inner, stride_outer, stride_inner):
@@ -35,13 +39,11 @@ def _users(user, inner, stride_outer, stride_inner):
 
 
 @triton.jit
-def hidden_units(
-    x, here, stride_i, w1, b1, h, D_I: tl.constexpr, H: tl.constexpr, I_TILE: tl.constexpr
-):
+def hidden_units(x, here, stride_i, w1, b1, h, D_I: tl.constexpr, H: tl.constexpr):
     """``relu(w1 x + b1)`` at hidden units ``h [H_TILE]`` for vectors that begin at ``x [R, 1]``."""
     total = tl.zeros((x.shape[0], h.shape[0]), tl.float32)
-    for start in range(0, D_I, I_TILE):
-        i = start + tl.arange(0, I_TILE)
+    for start in range(0, D_I, _INNER):
+        i = start + tl.arange(0, _INNER)
         vector = tl.load(x + i[None, :] * stride_i, mask=here & (i[None, :] < D_I), other=0.0)
         in_w1 = (i[:, None] < D_I) & (h[None, :] < H)
         weight = tl.load(w1 + h[None, :] * D_I + i[:, None], mask=in_w1, other=0.0)
@@ -67,7 +69,6 @@ def _interests_hidden(
     K,
     D_I: tl.constexpr,
     H: tl.constexpr,
-    I_TILE: tl.constexpr,
 ):
     """Hidden units ``[USERS, K_TILE, H_TILE]`` for ``user [USERS]`` and ``k [K_TILE]``."""
     USERS: tl.constexpr = user.shape[0]
@@ -76,7 +77,7 @@ def _interests_hidden(
     here = (user < users)[:, None] & (k < K)[None, :]
     x = interests + x.reshape(USERS * K_TILE, 1)
     here = here.reshape(USERS * K_TILE, 1)
-    hidden = hidden_units(x, here, stride_i, w1, b1, h, D_I, H, I_TILE)
+    hidden = hidden_units(x, here, stride_i, w1, b1, h, D_I, H)
     return hidden.reshape(USERS, K_TILE, h.shape[0])
 
 
@@ -132,12 +133,12 @@ def _interest_bridge_forward_kernel(
     USERS: tl.constexpr,
     K_TILE: tl.constexpr,
     H_TILE: tl.constexpr,
-    I_TILE: tl.constexpr,
     S_TILE: tl.constexpr,
 ):
     user = tl.program_id(0).to(tl.int64) * USERS + tl.arange(0, USERS)
     k = tl.program_id(1) * K_TILE + tl.arange(0, K_TILE)
-    out += user[:, None] * (K * D_T) + k[None, :] * D_T
+    out += tl.program_id(0).to(tl.int64) * (USERS * K * D_T)
+    out += tl.arange(0, USERS)[:, None] * (K * D_T) + k[None, :] * D_T
     in_source = (user < users)[:, None]
     in_out = in_source & (k < K)[None, :]
     source += _users(user, inner, source_stride_outer, source_stride_inner)[:, None]
@@ -162,7 +163,6 @@ def _interest_bridge_forward_kernel(
             K,
             D_I,
             H,
-            I_TILE,
         )
         contracted = tl.zeros((USERS, H_TILE), tl.float32)
         shift = tl.zeros((USERS,), tl.float32)
@@ -228,7 +228,6 @@ def _hidden_backward_kernel(
     USERS: tl.constexpr,
     K_TILE: tl.constexpr,
     H_TILE: tl.constexpr,
-    I_TILE: tl.constexpr,
     S_TILE: tl.constexpr,
 ):
     """Hidden units and the gradient of what relu takes, as rows ``[users, K, H]``."""
@@ -280,12 +279,12 @@ def _hidden_backward_kernel(
         K,
         D_I,
         H,
-        I_TILE,
     )
-    row = user[:, None, None] * (K * H) + k[None, :, None] * H + h[None, None, :]
+    first_row = tl.program_id(0).to(tl.int64) * (USERS * K * H)
+    row = tl.arange(0, USERS)[:, None, None] * (K * H) + k[None, :, None] * H + h[None, None, :]
     here = in_grad[:, :, None] & (h < H)[None, None, :]
-    tl.store(hidden_rows + row, hidden, mask=here)
-    tl.store(grad_rows + row, tl.where(hidden > 0, grad_hidden, 0.0), mask=here)
+    tl.store(hidden_rows + first_row + row, hidden, mask=here)
+    tl.store(grad_rows + first_row + row, tl.where(hidden > 0, grad_hidden, 0.0), mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -352,14 +351,16 @@ def _source_backward_kernel(
         in_b2 = (t[:, None] < D_T) & (s[None, :] < D_S)
         bias = tl.load(b2 + s[None, :] * D_T + t[:, None], mask=in_b2, other=0.0)
         total += product(tile, bias, b2.dtype.element_ty)
+    hidden_rows += tl.program_id(0).to(tl.int64) * (USERS * K * H)
+    row = tl.arange(0, USERS)[:, None, None] * (K * H)
     for first_k in range(0, K, K_TILE):
         k = first_k + tl.arange(0, K_TILE)
         in_grad = in_users & (k < K)[None, :]
         for first_h in range(0, H, H_TILE):
             h = first_h + tl.arange(0, H_TILE)
-            row = user[:, None, None] * (K * H) + k[None, :, None] * H + h[None, None, :]
+            at = row + k[None, :, None] * H + h[None, None, :]
             in_rows = in_grad[:, :, None] & (h < H)[None, None, :]
-            hidden = tl.load(hidden_rows + row, mask=in_rows, other=0.0)
+            hidden = tl.load(hidden_rows + at, mask=in_rows, other=0.0)
             for t in range(D_T):
                 column = grad + k[None, :] * grad_stride_k + t * grad_stride_t
                 column = tl.load(column, mask=in_grad, other=0.0).to(tl.float32)
@@ -429,9 +430,6 @@ def _w2_backward_kernel(
     tl.store(grad_w2 + at, total.reshape(S_TILE, T_TILE, H_TILE), mask=here)
 
 
-_PROGRAMS = 128
-
-
 def _by_user(source: Tensor, *per_interest: Tensor) -> list[Tensor]:
     """Users counted by two sizes: ``source`` [outer, inner, D_s], the others [.., .., K, D]."""
     if source.dim() == 2:
@@ -439,19 +437,15 @@ def _by_user(source: Tensor, *per_interest: Tensor) -> list[Tensor]:
     return [source, *(t.unsqueeze(2) for t in per_interest)]
 
 
-def _tiles(k: int, d_source: int, hidden: int, d_interest: int, most: int) -> dict[str, int]:
-    """Tiles of users, interests, hidden units and sources; the first three make ``most`` values."""
+def _tiles(k: int, d_source: int, hidden: int) -> dict[str, int]:
+    """Tiles whose users, interests and hidden units make at most 8192 values in registers."""
     k_tile = min(padded(k), 16)
-    h_tile = min(padded(hidden, 16), 64)
-    users = min(max(most // (k_tile * h_tile), 16), 64)
     return {
-        "USERS": users,
+        "USERS": 32 if k_tile == 1 else 16,
         "K_TILE": k_tile,
-        "H_TILE": h_tile,
-        "I_TILE": min(padded(d_interest, 16), 32),
+        "H_TILE": min(padded(hidden, 16), 32 if k_tile == 16 else 64),
         "S_TILE": min(padded(d_source, 16), 64),
-        "num_warps": 8 if users * k_tile * h_tile > 4096 else 4,
-        "num_stages": 2,
+        "num_warps": 8,
     }
 
 
@@ -463,7 +457,7 @@ def interest_bridge(
     source, interests = _by_user(source, interests)
     outer, inner, k, d_interest = interests.shape
     hidden = w1.shape[0]
-    tiles = _tiles(k, d_source, hidden, d_interest, 8192)
+    tiles = _tiles(k, d_source, hidden)
     chunked = hidden > tiles["H_TILE"]
     # Sums over several tiles of hidden units stay in float32 between them.
     dtype = torch.float32 if chunked else interests.dtype
@@ -496,6 +490,45 @@ def interest_bridge(
     return out.to(interests.dtype)
 
 
+def _w2_backward(grad: Tensor, source: Tensor, hidden_rows: Tensor, w2: Tensor) -> Tensor:
+    grad_w2 = w2.new_empty(w2.shape)
+    outer, inner, k, d_target = grad.shape
+    users, hidden, d_source = outer * inner, hidden_rows.shape[1], source.shape[-1]
+    h_tile = min(padded(hidden, 16), 64)
+    s_tile = min(padded(d_source, 16), 128)
+    t_tile = 1 if k == 1 else min(padded(d_target), 2)
+    blocks = triton.cdiv(d_target, t_tile) * triton.cdiv(hidden, h_tile)
+    programs = blocks * triton.cdiv(d_source, s_tile)
+    count = max(1, min(_PROGRAMS // programs, triton.cdiv(users, 64)))
+    parts = grad_w2
+    if count > 1:
+        parts = grad_w2.new_empty(count, grad_w2.numel(), dtype=torch.float32)
+    launch(
+        _w2_backward_kernel,
+        (blocks, triton.cdiv(d_source, s_tile), count),
+        grad,
+        source,
+        hidden_rows,
+        parts,
+        users,
+        inner,
+        *grad.stride(),
+        *source.stride(),
+        k,
+        d_source,
+        d_target,
+        hidden,
+        USERS=16,
+        S_TILE=s_tile,
+        T_TILE=t_tile,
+        H_TILE=h_tile,
+        num_warps=8,
+    )
+    if count > 1:
+        add_parts(parts, [grad_w2])
+    return grad_w2
+
+
 def interest_bridge_backward(
     grad: Tensor,
     interests: Tensor,
@@ -508,7 +541,7 @@ def interest_bridge_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the six inputs, empty where bit i of ``needs`` is not set."""
     inputs = (interests, source, w1, b1, w2, b2)
-    grads = [t.new_empty(t.shape if needs >> i & 1 else 0) for i, t in enumerate(inputs)]
+    grads = [t.new_empty(0) for t in inputs]
     d_source, d_target = source.shape[-1], b2.shape[0] // source.shape[-1]
     source, interests, grad = _by_user(source, interests, grad)
     outer, inner, k, d_interest = interests.shape
@@ -516,7 +549,7 @@ def interest_bridge_backward(
     w1, b1, b2 = w1.contiguous(), b1.contiguous(), b2.contiguous()
     hidden_rows = interests.new_empty(users * k, hidden, dtype=torch.float32)
     grad_rows = torch.empty_like(hidden_rows)
-    tiles = _tiles(k, d_source, hidden, d_interest, 8192)
+    tiles = _tiles(k, d_source, hidden)
     launch(
         _hidden_backward_kernel,
         (
@@ -546,6 +579,7 @@ def interest_bridge_backward(
         **tiles,
     )
     if needs & 1:
+        grads[0] = inputs[0].new_empty(inputs[0].shape)
         rows_tile, i_tile = 64, min(padded(d_interest, 16), 64)
         launch(
             _interests_backward_kernel,
@@ -560,8 +594,17 @@ def interest_bridge_backward(
             I_TILE=i_tile,
             H_TILE=min(padded(hidden, 16), 32),
         )
-    grad_sum = grad.sum(2, dtype=torch.float32)
+    products = []
+    if needs & 4:
+        products.append((2, grad_rows, interests.reshape(users * k, d_interest)))
+    if needs & 8:
+        products.append((3, None, grad_rows))
+    if needs & (2 | 32):
+        grad_sum = grad.sum(2, dtype=torch.float32).reshape(users, d_target).contiguous()
+    if needs & 32:
+        products.append((5, source.reshape(users, d_source), grad_sum))
     if needs & 2:
+        grads[1] = inputs[1].new_empty(inputs[1].shape)
         launch(
             _source_backward_kernel,
             (triton.cdiv(users, tiles["USERS"]), triton.cdiv(d_source, tiles["S_TILE"])),
@@ -580,59 +623,14 @@ def interest_bridge_backward(
             d_target,
             hidden,
             T_TILE=min(padded(d_target, 16), 32),
-            **{name: value for name, value in tiles.items() if name != "I_TILE"},
+            **tiles,
         )
     if needs & 16:
-        _w2_backward(grad, source, hidden_rows, grads[4], d_target)
-    products = {
-        2: (grad_rows, interests.reshape(users * k, d_interest)),
-        3: (None, grad_rows),
-        5: (source.reshape(users, d_source), grad_sum.view(users, d_target)),
-    }
-    wanted = [i for i in products if needs >> i & 1]
+        grads[4] = _w2_backward(grad, source, hidden_rows, w2)
     rows = [
-        tuple(None if t is None else t.float().unsqueeze(1) for t in products[i]) for i in wanted
+        (None if left is None else left.float().unsqueeze(1), right.float().unsqueeze(1))
+        for _, left, right in products
     ]
-    for i, found in zip(wanted, outer_sums(rows, b1.dtype), strict=True):
+    for (i, *_), found in zip(products, outer_sums(rows, b1.dtype), strict=True):
         grads[i] = found.view(inputs[i].shape)
     return tuple(grads)
-
-
-def _w2_backward(
-    grad: Tensor, source: Tensor, hidden_rows: Tensor, grad_w2: Tensor, d_target: int
-) -> None:
-    outer, inner, k, _ = grad.shape
-    users, hidden, d_source = outer * inner, hidden_rows.shape[1], source.shape[-1]
-    h_tile = min(padded(hidden, 16), 64)
-    s_tile = min(padded(d_source, 16), 64)
-    t_tile = min(padded(d_target), 4)
-    blocks = triton.cdiv(d_target, t_tile) * triton.cdiv(hidden, h_tile)
-    programs = blocks * triton.cdiv(d_source, s_tile)
-    count = max(1, min(_PROGRAMS // programs, triton.cdiv(users, 64)))
-    parts = grad_w2
-    if count > 1:
-        parts = grad_w2.new_empty(count, grad_w2.numel(), dtype=torch.float32)
-    launch(
-        _w2_backward_kernel,
-        (blocks, triton.cdiv(d_source, s_tile), count),
-        grad,
-        source,
-        hidden_rows,
-        parts,
-        users,
-        inner,
-        *grad.stride(),
-        *source.stride(),
-        k,
-        d_source,
-        d_target,
-        hidden,
-        USERS=16,
-        S_TILE=s_tile,
-        T_TILE=t_tile,
-        H_TILE=h_tile,
-        num_warps=8,
-        num_stages=2,
-    )
-    if count > 1:
-        add_parts(parts, [grad_w2])
