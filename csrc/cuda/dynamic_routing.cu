@@ -1,6 +1,7 @@
-// Users in small numbers per block: few enough for a batch to fill the device, enough for their
-// outputs to occupy the threads. The backward of the last pass needs neither the inputs nor the
-// logits, only what the forward saved.
+// Two ways. Any shape: a block takes some users, few enough for a batch to fill the device and
+// enough for their outputs to occupy the threads. On tensor cores, where the shape allows: a warp
+// takes a user at a time, the warps of a block share the weight. The backward of the last pass
+// needs neither the inputs nor the logits, only what the forward saved.
 #include "dynamic_routing.cuh"
 
 #include <algorithm>
@@ -24,6 +25,7 @@ struct RoutingLaunch {
   View grad, grad_inputs;
   float* capsule_rows;  // [B*K, D]: gradient of the capsules before the squash; or null
   float* pooled_rows;   // [B*K, D_in]: a copy of pooled; or null
+  int64_t warp_bytes;   // shared memory of a warp; tensor cores only
 };
 
 // What a tile of users holds in backward; rows as in RoutingState.
@@ -107,8 +109,8 @@ route_users(RoutingLaunch args) {
       [&](int start, int count) {
         for (int t = thread_index(); t < rows * count; t += block_threads()) {
           const int row = t / count, l = t % count;
-          const bool counts = !over_inputs || p.padding == Padding::fill_before ||
-                              s.keep[row / p.capsules * p.positions + l] > 0;
+          const float keep = s.options.keep[row / p.capsules * p.positions + l];
+          const bool counts = !over_inputs || kept_coupling(p, keep) > 0;
           write(args.coupling, (first_row + row) * p.length + start + l,
                 counts ? s.coupling(row, l) : kRemoved);
         }
@@ -126,7 +128,7 @@ route_users(RoutingLaunch args) {
   for (int t = thread_index(); t < rows * p.length; t += block_threads()) {
     const int row = t / p.length;
     const int64_t place = first_row * p.length + t;
-    const float scale = s.sum[row] > 0 ? s.present[row] / s.sum[row] : 0.0f;
+    const float scale = coupling_scale(s.sum[row], s.options.present[row]);
     write(args.coupling, place, exponential(read(args.coupling, place) - s.top[row]) * scale);
   }
 }
@@ -182,6 +184,193 @@ route_users_backward(RoutingLaunch args) {
                         const int64_t set = users.first * p.votes + n;
                         write(args.grad_inputs, (set * p.length + start + l) * p.d_in + d, value);
                       });
+  }
+}
+
+// What a warp holds in shared memory for its user.
+template <int P, int R, int N>
+struct RoutingWarp {
+  Planes<P, 16 * R> inputs;
+  RoutingOptions options;
+  float* back;
+
+  MIMNET_FAST_INLINE RoutingWarp(const RoutingPlan& p, Arena& arena)
+      : inputs(arena, p.positions, 16 * R),
+        options(p, 1, arena),
+        back(arena.floats(4 * R * N * kWarp)) {}
+};
+
+// The weight in shared memory, once all warps have put it there.
+template <int P, int D>
+MIMNET_FAST_DEVICE Planes<P, D> load_weight_planes(const RoutingPlan& p, Arena& arena) {
+  const Planes<P, D> weight(arena, p.matrices * D, D);
+  if (p.matrices > 0) {
+    load_planes(weight, p.weight, 0, D, D, D, p.weight.stride[p.weight.dims - 2],
+                p.weight.stride[p.weight.dims - 1], thread_index(), block_threads());
+  }
+  sync_block();
+  return weight;
+}
+
+constexpr int most_blocks(int planes, int d, int n) { return planes == 1 && d * n <= 64 ? 2 : 1; }
+
+template <int P, int D, int N>
+MIMNET_FAST_KERNEL(kThreads, most_blocks(P, D, N))
+route_users_tensor(RoutingLaunch args) {
+  constexpr int R = D / 16;
+  const RoutingPlan& p = args.plan;
+  Arena shared(shared_memory());
+  const Planes<P, D> weight = load_weight_planes<P, D>(p, shared);
+  const int warp = thread_index() / kWarp;
+  if (warp >= p.users) return;
+  Arena arena(shared_memory() + shared.bytes() + warp * args.warp_bytes);
+  const RoutingWarp<P, R, N> s(p, arena);
+  const View& x = args.inputs;
+  float* coupling = static_cast<float*>(args.coupling.data);
+  float* pooled = static_cast<float*>(args.pooled.data);
+  Stored<P>* out = static_cast<Stored<P>*>(args.out.data);
+  for (int64_t b = block_index() * p.users + warp; b < x.size[0]; b += grid_blocks() * p.users) {
+    RoutedUser<R, N> user;
+    route_user(
+        p, s.options, weight, s.inputs, s.back, b, user,
+        [&](int start, int count, int padded) {
+          load_planes(s.inputs, x, b * x.stride[0] + start * x.stride[1], count, padded, D,
+                      x.stride[1], x.stride[2], thread_index() % kWarp, kWarp);
+        },
+        [&](int l, int k, float value) {
+          store(coupling + (b * p.capsules + k) * p.length + l, value);
+        });
+    if (args.final_squash) {
+      float norm2[N][2];
+      dot_columns(user.capsules, user.capsules, norm2);
+      scale_columns(user.capsules,
+                    [&](int n, int j) { return squash_factor(norm2[n][j], p.squash).factor; });
+    }
+    for_each_element<R, N>([&](int m, int n, int i) {
+      const int k = 8 * n + state_column(i);
+      if (k >= p.capsules) return;
+      const int64_t place = (b * p.capsules + k) * D + 16 * m + state_row(i);
+      store(pooled + place, user.pooled[m][n][i]);
+      store(out + place, narrow<Stored<P>>(user.capsules[m][n][i]));
+    });
+    if (p.axis == SoftmaxAxis::capsules) continue;
+    for (int row = 0; row < p.length; row += 16) {
+      for_each_element<1, N>([&](int, int n, int i) {
+        const int l = row + state_row(i), k = 8 * n + state_column(i);
+        if (l >= p.length || k >= p.capsules) return;
+        float* place = coupling + (b * p.capsules + k) * p.length + l;
+        store(place, exponential(load(place) - user.top[n][i % 2]) *
+                         coupling_scale(user.sum[n][i % 2], s.options.present[k]));
+      });
+    }
+  }
+}
+
+// Neighbours in memory.
+template <int P>
+MIMNET_FAST_DEVICE void store_pair(Stored<P>* to, float first, float second) {
+  if constexpr (P == 1) {
+    store(reinterpret_cast<uint32_t*>(to), narrow_pair(first, second));
+  } else if constexpr (P == 2) {
+    const uint32_t high = narrow<Float16>(second).bits;
+    store(reinterpret_cast<uint32_t*>(to), narrow<Float16>(first).bits | high << 16);
+  } else {
+    store(reinterpret_cast<Words<2>*>(to), {float_as_bits(first), float_as_bits(second)});
+  }
+}
+
+template <int P, int D, int N>
+MIMNET_FAST_KERNEL(kThreads, most_blocks(P, D, N))
+route_users_backward_tensor(RoutingLaunch args) {
+  constexpr int R = D / 16, Q = kStatePlanes<P>;
+  const RoutingPlan& p = args.plan;
+  Arena shared(shared_memory());
+  const Planes<P, D> weight = load_weight_planes<P, D>(p, shared);
+  const View &saved = args.pooled, &given = args.grad, &coupling = args.coupling;
+  Stored<P>* grad_inputs = static_cast<Stored<P>*>(args.grad_inputs.data);
+  const int warp = thread_index() / kWarp;
+  for (int64_t b = block_index() * p.users + warp; b < args.inputs.size[0];
+       b += grid_blocks() * p.users) {
+    float pooled[R][N][4] = {}, grad[R][N][4] = {};
+    for_each_element<R, N>([&](int m, int n, int i) {
+      const int k = 8 * n + state_column(i), d = 16 * m + state_row(i);
+      if (k >= p.capsules) return;
+      pooled[m][n][i] = load(static_cast<const float*>(saved.data) + b * saved.stride[0] +
+                             k * saved.stride[1] + d * saved.stride[2]);
+      grad[m][n][i] = widen(load(static_cast<const Stored<P>*>(given.data) + b * given.stride[0] +
+                                 k * given.stride[1] + d * given.stride[2]));
+    });
+    if (args.final_squash) {
+      float capsules[R][N][4], norm2[N][2], dot[N][2], along[N][2];
+      times_weight<false>(p, weight, pooled, capsules);
+      dot_columns(capsules, capsules, norm2);
+      dot_columns(capsules, grad, dot);
+      scale_columns(grad, [&](int n, int j) {
+        const SquashFactor<float> f = squash_factor(norm2[n][j], p.squash);
+        along[n][j] = norm2[n][j] > 0 ? 2 * f.radial * (dot[n][j] / norm2[n][j]) : 0.0f;
+        return f.factor;
+      });
+      for_each_element<R, N>(
+          [&](int m, int n, int i) { grad[m][n][i] += along[n][i % 2] * capsules[m][n][i]; });
+    }
+    for_each_element<R, N>([&](int m, int n, int i) {
+      const int k = 8 * n + state_column(i);
+      const int64_t place = (b * p.capsules + k) * D + 16 * m + state_row(i);
+      if (args.capsule_rows && k < p.capsules) store(args.capsule_rows + place, grad[m][n][i]);
+      if (args.pooled_rows && k < p.capsules) store(args.pooled_rows + place, pooled[m][n][i]);
+    });
+    if (!args.grad_inputs) continue;
+    float grad_pooled[R][N][4];
+    times_weight<true>(p, weight, grad, grad_pooled);
+    // Capsules are what this product sums over, so that the state is an operand as it stands.
+    uint32_t right[2 * R][Q][2] = {};
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t pair[Q];
+          split(grad_pooled[m][n][2 * half], grad_pooled[m][n][2 * half + 1], pair);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) right[2 * m + half][q][n] = pair[q];
+        }
+      }
+    }
+    for (int row = 0; row < p.length; row += 16) {
+      float c[1][N][4] = {};
+      for_each_element<1, N>([&](int, int n, int i) {
+        // Element i: position lane / 4 + i / 2 * 8 and a capsule of the lane's two.
+        const int l = row + state_row(i), k = 8 * n + state_column(i);
+        if (l >= p.length || k >= p.capsules) return;
+        c[0][n][i] = load(static_cast<const float*>(coupling.data) + b * coupling.stride[0] +
+                          k * coupling.stride[1] + l * coupling.stride[2]);
+      });
+      uint32_t left[Q][4] = {};
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t pair[Q];
+          split(c[0][n][2 * half], c[0][n][2 * half + 1], pair);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) left[q][2 * n + half] = pair[q];
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 2 * R; ++m) {
+        float grad_x[4] = {};
+        multiply_add(grad_x, left, right[m]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int l = row + state_row(2 * half);
+          if (l < p.length) {
+            store_pair<P>(grad_inputs + (b * p.length + l) * D + 8 * m + state_column(0),
+                          grad_x[2 * half], grad_x[2 * half + 1]);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -268,8 +457,97 @@ void with_width(const RoutingPlan& p, F body) {
   }
 }
 
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 int64_t blocks_of(const RoutingLaunch& args) {
   return (args.inputs.size[0] + args.plan.users - 1) / args.plan.users;
+}
+
+// Starts as many blocks as fit on the device, for warps that take users in turn.
+void launch_users(void (*kernel)(RoutingLaunch), const Stream& stream, const RoutingLaunch& args,
+                  int warps, int64_t bytes, int most_per_multiprocessor) {
+  constexpr int64_t reserved = 1024;  // bytes of shared memory that a block takes besides its own
+  const DeviceLimits device = device_limits();
+  const int64_t fit = (device.shared_memory + reserved) / (bytes + reserved);
+  const int64_t per_multiprocessor = std::min<int64_t>(fit, most_per_multiprocessor);
+  const int64_t blocks = std::min(blocks_of(args), per_multiprocessor * device.multiprocessors);
+  launch(kernel, blocks, warps * kWarp, bytes, stream, args);
+}
+
+template <int P, int D>
+int64_t weight_bytes(const RoutingPlan& p) {
+  Arena arena(nullptr);
+  Planes<P, D>(arena, p.matrices * D, D);
+  return arena.bytes();
+}
+
+// body(planes, D, eights of capsules) for shapes that tensor cores serve, if this is one.
+template <class F>
+bool with_tensor_shape(const RoutingPlan& p, DType dtype, F body) {
+  const auto with_planes = [&](auto d, auto n) {
+    switch (planes_of(dtype)) {
+      case 1:
+        return body(std::integral_constant<int, 1>(), d, n);
+      case 2:
+        return body(std::integral_constant<int, 2>(), d, n);
+      default:
+        return body(std::integral_constant<int, 3>(), d, n);
+    }
+  };
+  const int columns = (p.capsules + 7) / 8;
+  if (p.votes > 1 || p.matrices > 1 || p.d_in != p.d || columns > 2) return false;
+  switch (p.d + columns) {
+    case 32 + 1:
+      return with_planes(std::integral_constant<int, 32>(), std::integral_constant<int, 1>());
+    case 32 + 2:
+      return with_planes(std::integral_constant<int, 32>(), std::integral_constant<int, 2>());
+    case 64 + 1:
+      return with_planes(std::integral_constant<int, 64>(), std::integral_constant<int, 1>());
+    case 64 + 2:
+      return with_planes(std::integral_constant<int, 64>(), std::integral_constant<int, 2>());
+    case 128 + 1:
+      return with_planes(std::integral_constant<int, 128>(), std::integral_constant<int, 1>());
+    default:
+      return false;
+  }
+}
+
+// Starts a kernel in which warps take users in turn; false where the device has too little shared
+// memory.
+template <int P, int D, int N>
+bool launch_forward_tensor(const Stream& stream, RoutingLaunch args) {
+  RoutingPlan& p = args.plan;
+  const DeviceLimits device = device_limits();
+  const int64_t batch = args.inputs.size[0];
+  const auto warp_bytes = [&] {
+    Arena arena(nullptr);
+    RoutingWarp<P, D / 16, N>(p, arena);
+    return arena.bytes();
+  };
+  const auto bytes = [&](int users) { return weight_bytes<P, D>(p) + users * warp_bytes(); };
+  const int64_t share = round_up(batch, device.multiprocessors) / device.multiprocessors;
+  p.users = int(std::clamp<int64_t>(share, 1, kThreads / kWarp));
+  p.positions = int(round_up(p.length, 16));
+  // Rather a history in tiles than a multiprocessor with less than four warps.
+  while (p.positions > 16 && bytes(std::min(p.users, 4)) > device.shared_memory) {
+    p.positions = int(round_up(p.positions / 2, 16));
+  }
+  while (p.users > 1 && bytes(p.users) > device.shared_memory) --p.users;
+  if (bytes(p.users) > device.shared_memory) return false;
+  args.warp_bytes = warp_bytes();
+  launch_users(route_users_tensor<P, D, N>, stream, args, std::max(p.users, 4), bytes(p.users),
+               most_blocks(P, D, N));
+  return true;
+}
+
+template <int P, int D, int N>
+bool launch_backward_tensor(const Stream& stream, RoutingLaunch args) {
+  args.plan.users = kThreads / kWarp;
+  const int64_t bytes = weight_bytes<P, D>(args.plan);
+  if (bytes > device_limits().shared_memory) return false;
+  launch_users(route_users_backward_tensor<P, D, N>, stream, args, args.plan.users, bytes,
+               most_blocks(P, D, N));
+  return true;
 }
 
 float* rows(const Execution& execution, int64_t count, int64_t width) {
@@ -287,6 +565,10 @@ bool is_contiguous(const View& v) {
 
 void dynamic_routing(const RoutingArgs& call) {
   RoutingLaunch args = make_launch(call);
+  const bool done = with_tensor_shape(args.plan, args.inputs.dtype, [&](auto p, auto d, auto n) {
+    return launch_forward_tensor<p(), d(), n()>(call.execution.stream, args);
+  });
+  if (done) return;
   const int64_t bytes = choose_tile<RoutingState>(args.plan, args.inputs.size[0]);
   with_width(args.plan, [&](auto d) {
     launch(route_users<d()>, blocks_of(args), kThreads, bytes, call.execution.stream, args);
@@ -304,11 +586,16 @@ void dynamic_routing_backward(const RoutingArgs& call) {
       pooled_rows = args.pooled_rows = rows(call.execution, all_rows, p.d_in);
     }
   }
-  const int64_t bytes = choose_tile<RoutingGradients>(args.plan, batch);
-  with_width(p, [&](auto d) {
-    launch(route_users_backward<d()>, blocks_of(args), kThreads, bytes, call.execution.stream,
-           args);
+  const bool done = with_tensor_shape(p, args.inputs.dtype, [&](auto planes, auto d, auto n) {
+    return launch_backward_tensor<planes(), d(), n()>(call.execution.stream, args);
   });
+  if (!done) {
+    const int64_t bytes = choose_tile<RoutingGradients>(args.plan, batch);
+    with_width(p, [&](auto d) {
+      launch(route_users_backward<d()>, blocks_of(args), kThreads, bytes, call.execution.stream,
+             args);
+    });
+  }
   if (!call.grad_weight) return;
   // Row r of matrix n stands at r * matrices + n; a shared weight takes all rows alike.
   std::vector<OuterSum> sums;

@@ -11,6 +11,7 @@
 
 #include "block.cuh"
 #include "squash.cuh"
+#include "tensor.cuh"
 
 namespace mimnet_fast::cuda {
 
@@ -39,32 +40,38 @@ MIMNET_FAST_INLINE Tile routing_weight_tile(const RoutingPlan& p, Arena& arena) 
   return arena.tile(int(rows), p.d);
 }
 
-// A row of a tile is a user and a capsule, if nothing else is said.
-struct RoutingState {
-  Tile inputs;     // user, vote and position x D_in
-  Tile logits;     // x position: the first ones
-  Tile coupling;   // x position
-  Tile pooled;     // x D_in
-  Tile capsules;   // x D, not squashed; pooled itself without a weight
-  Tile back;       // x D_in
-  Tile weight;     // see routing_weight_tile
+// What goes with the inputs of a tile. A row is a user and a capsule here and below.
+struct RoutingOptions {
+  Tile logits;     // row x position: the first ones
   float* keep;     // user and position: 1 at real items, else 0
-  float* present;  // 1 at real capsules, else 0
-  float* factor;   // of a row
-  float* top;      // of a row: maximum and sum of a softmax over the inputs
+  float* present;  // row: 1 at real capsules, else 0
+
+  MIMNET_FAST_INLINE RoutingOptions(const RoutingPlan& p, int users, Arena& arena)
+      : logits(arena.tile(users * p.capsules, p.positions)),
+        keep(arena.floats(users * p.positions)),
+        present(arena.floats(users * p.capsules)) {}
+};
+
+struct RoutingState {
+  Tile inputs;  // user, vote and position x D_in
+  RoutingOptions options;
+  Tile coupling;  // row x position
+  Tile pooled;    // row x D_in
+  Tile capsules;  // row x D, not squashed; pooled itself without a weight
+  Tile back;      // row x D_in
+  Tile weight;    // see routing_weight_tile
+  float* factor;  // row
+  float* top;     // row: maximum and sum of a softmax over the inputs
   float* sum;
 
-  MIMNET_FAST_INLINE RoutingState(const RoutingPlan& p, Arena& arena) {
+  MIMNET_FAST_INLINE RoutingState(const RoutingPlan& p, Arena& arena) : options(p, p.users, arena) {
     const int rows = p.users * p.capsules;
     inputs = arena.tile(p.users * p.votes * p.positions, p.d_in);
-    logits = arena.tile(rows, p.positions);
     coupling = arena.tile(rows, p.positions);
     pooled = arena.tile(rows, p.d_in);
     capsules = p.matrices > 0 ? arena.tile(rows, p.d) : pooled;
     back = arena.tile(rows, p.d_in);
     weight = routing_weight_tile(p, arena);
-    keep = arena.floats(p.users * p.positions);
-    present = arena.floats(rows);
     factor = arena.floats(rows);
     top = arena.floats(rows);
     sum = arena.floats(rows);
@@ -73,9 +80,9 @@ struct RoutingState {
 
 // Outputs of a thread along each side of a small product.
 template <int D>
-constexpr int kMicroTile = D >= 32  ? 4
-                           : D == 0 ? 2
-                                    : 1;
+constexpr int kMicroTile = D == 0   ? 2
+                           : D < 32 ? 1
+                                    : 4;
 
 MIMNET_FAST_DEVICE void load_routing_weight(const RoutingPlan& p, const Tile& weight) {
   if (weight.data == nullptr) return;
@@ -95,38 +102,48 @@ MIMNET_FAST_DEVICE float routing_weight(const RoutingPlan& p, const Tile& weight
       w, (w.dims == 3 ? n * w.stride[0] : 0) + i * w.stride[w.dims - 2] + j * w.stride[w.dims - 1]);
 }
 
-// What goes with positions `start` to `start + count` of users `first` to `first + users`.
-MIMNET_FAST_DEVICE void load_routing_options(const RoutingPlan& p, const RoutingState& s,
-                                             int64_t first, int users, int start, int count) {
+// For positions `start` to `start + count` of users `first` to `first + users`, by `threads`
+// threads of which the caller is number `thread`.
+MIMNET_FAST_DEVICE void load_routing_options(const RoutingPlan& p, const RoutingOptions& options,
+                                             int64_t first, int users, int start, int count,
+                                             int thread, int threads) {
   const int rows = users * p.capsules;
   const View& logits = p.logits;
-  for (int t = thread_index(); t < rows * count; t += block_threads()) {
+  for (int t = thread; t < rows * count; t += threads) {
     const int row = t / count, l = t % count, u = row / p.capsules, k = row % p.capsules;
     const int64_t user = logits.size[0] == 1 ? 0 : first + u;
-    s.logits(row, l) = logits ? read(logits, user * logits.stride[0] + k * logits.stride[1] +
-                                                 (start + l) * logits.stride[2])
-                              : 0.0f;
+    options.logits(row, l) = logits ? read(logits, user * logits.stride[0] + k * logits.stride[1] +
+                                                       (start + l) * logits.stride[2])
+                                    : 0.0f;
   }
   const View& mask = p.mask;
-  for (int t = thread_index(); t < users * count; t += block_threads()) {
+  for (int t = thread; t < users * count; t += threads) {
     const int u = t / count, l = t % count;
     const int64_t item = (first + u) * mask.stride[0];
     const bool real = !mask || (mask.dtype == DType::boolean
                                     ? read_flag(mask, item + (start + l) * mask.stride[1])
                                     : start + l < read_integer(mask, item));
-    s.keep[u * p.positions + l] = real ? 1.0f : 0.0f;
+    options.keep[u * p.positions + l] = real ? 1.0f : 0.0f;
   }
   const View& present = p.capsule_mask;
-  for (int row = thread_index(); row < rows; row += block_threads()) {
+  for (int row = thread; row < rows; row += threads) {
     const int u = row / p.capsules, k = row % p.capsules;
     const bool real =
         !present || read_flag(present, (first + u) * present.stride[0] + k * present.stride[1]);
-    s.present[row] = real ? 1.0f : 0.0f;
+    options.present[row] = real ? 1.0f : 0.0f;
   }
 }
 
-MIMNET_FAST_INLINE bool removes_padding(const RoutingPlan& p) {
-  return p.axis == SoftmaxAxis::inputs && p.padding == Padding::ignore;
+// A routing logit, ready for the softmax.
+MIMNET_FAST_DEVICE float routing_logit(const RoutingPlan& p, float logit, bool real) {
+  if (!real && p.padding == Padding::fill_before) return float(kPaddingLogit);
+  if (!real && p.padding == Padding::ignore && p.axis == SoftmaxAxis::inputs) return kRemoved;
+  return logit * p.inverse_temperature;
+}
+
+// What a padded position keeps of its coupling after the softmax.
+MIMNET_FAST_DEVICE float kept_coupling(const RoutingPlan& p, float keep) {
+  return p.padding == Padding::fill_before ? 1.0f : keep;
 }
 
 // Softmax over the capsules of each position, in place.
@@ -137,14 +154,14 @@ MIMNET_FAST_DEVICE void couple_capsules(const RoutingPlan& p, const RoutingState
     const int u = t / count, l = t % count;
     float top = kLowest, sum = 0;
     for (int row = u * k; row < (u + 1) * k; ++row) {
-      if (s.present[row] > 0) top = maximum(top, s.coupling(row, l));
+      if (s.options.present[row] > 0) top = maximum(top, s.coupling(row, l));
     }
     for (int row = u * k; row < (u + 1) * k; ++row) {
-      const float e = s.present[row] > 0 ? exponential(s.coupling(row, l) - top) : 0.0f;
+      const float e = s.options.present[row] > 0 ? exponential(s.coupling(row, l) - top) : 0.0f;
       s.coupling(row, l) = e;
       sum += e;
     }
-    const float kept = p.padding == Padding::fill_before ? 1.0f : s.keep[u * p.positions + l];
+    const float kept = kept_coupling(p, s.options.keep[u * p.positions + l]);
     const float scale = sum > 0 ? kept / sum : 0.0f;
     for (int row = u * k; row < (u + 1) * k; ++row) s.coupling(row, l) *= scale;
   }
@@ -163,8 +180,7 @@ MIMNET_FAST_DEVICE void couple_inputs(const RoutingPlan& p, const RoutingState& 
     for (int l = lane; l < count; l += kWarp) {
       const float e = exponential(s.coupling(row, l) - top);
       sum += e;
-      const float kept = s.keep[row / p.capsules * p.positions + l];
-      s.coupling(row, l) = p.padding == Padding::zero_after ? e * kept : e;
+      s.coupling(row, l) = e * kept_coupling(p, s.options.keep[row / p.capsules * p.positions + l]);
     }
     sum = warp_sum(sum);
     if (lane == 0) {
@@ -261,6 +277,11 @@ MIMNET_FAST_DEVICE void input_gradient(const RoutingPlan& p, int users, int coun
       [&](int n, int k, int d) { return grad_pooled(n * per_set + k, d); }, put);
 }
 
+// What a softmax over the inputs turns exponentials into couplings with.
+MIMNET_FAST_DEVICE float coupling_scale(float sum, float present) {
+  return sum > 0 ? present / sum : 0.0f;
+}
+
 // All passes. `load(start, count)` puts the inputs of positions into shared memory. In the last
 // pass `last(start, count)` finds their couplings there or, with a softmax over the inputs, the
 // logits of which they will be the softmax. Leaves pooled, capsules, top and sum to all threads.
@@ -278,16 +299,14 @@ MIMNET_FAST_DEVICE void route(const RoutingPlan& p, const RoutingState& s, int64
       if (step == 1 || p.positions < p.length) {
         sync_block();  // until nobody reads the tile before
         load(start, count);
-        load_routing_options(p, s, first, users, start, count);
+        load_routing_options(p, s.options, first, users, start, count, thread_index(),
+                             block_threads());
       }
       sync_block();
       const auto score = [&](int n, int i, int l, float agreement) {
         const int row = n * per_set + i;
-        const bool real = s.keep[n / p.votes * p.positions + l] > 0;
-        float logit = (s.logits(row, l) + agreement) * p.inverse_temperature;
-        if (!real && p.padding == Padding::fill_before) logit = float(kPaddingLogit);
-        if (!real && removes_padding(p)) logit = kRemoved;
-        s.coupling(row, l) = logit;
+        const bool real = s.options.keep[n / p.votes * p.positions + l] > 0;
+        s.coupling(row, l) = routing_logit(p, s.options.logits(row, l) + agreement, real);
       };
       if (step == 1) {
         for (int t = thread_index(); t < rows * count; t += block_threads()) {
@@ -326,7 +345,7 @@ MIMNET_FAST_DEVICE void route(const RoutingPlan& p, const RoutingState& s, int64
     if (over_inputs) {
       for (int t = thread_index(); t < rows * d_in; t += block_threads()) {
         const int row = t / d_in;
-        s.pooled(row, t % d_in) *= s.sum[row] > 0 ? s.present[row] / s.sum[row] : 0.0f;
+        s.pooled(row, t % d_in) *= coupling_scale(s.sum[row], s.options.present[row]);
       }
       sync_block();
     }
@@ -342,6 +361,168 @@ MIMNET_FAST_DEVICE void route(const RoutingPlan& p, const RoutingState& s, int64
       const float update = s.factor[row] * sum;
       s.back(row, i) = step == 1 ? update : s.back(row, i) + update;
     });
+  }
+}
+
+// The same for one user by a warp on tensor cores, where D_in = D = 16 R and K <= 8 N. Capsules are
+// the columns of its state (tensor.cuh), of which a lane holds two in each eight: [n][j], j < 2.
+
+template <int R, int N>
+struct RoutedUser {
+  float pooled[R][N][4];
+  float capsules[R][N][4];     // not squashed
+  float top[N][2], sum[N][2];  // of a softmax over the inputs
+};
+
+MIMNET_FAST_DEVICE bool is_present(const RoutingPlan& p, const RoutingOptions& options, int k) {
+  return k < p.capsules && options.present[k] > 0;
+}
+
+// Softmax of 16 positions over the capsules; `kept` of the lane's positions.
+template <int N>
+MIMNET_FAST_DEVICE void couple_capsules(const RoutingPlan& p, const RoutingOptions& options,
+                                        const float (&kept)[2], float (&c)[1][N][4]) {
+  float top[2] = {kLowest, kLowest}, sum[2] = {};
+  for_each_element<1, N>([&](int, int n, int i) {
+    if (!is_present(p, options, 8 * n + state_column(i))) c[0][n][i] = kRemoved;
+    top[i / 2] = maximum(top[i / 2], c[0][n][i]);
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) top[half] = max_columns(top[half]);
+  for_each_element<1, N>([&](int, int n, int i) {
+    c[0][n][i] = exponential(c[0][n][i] - top[i / 2]);
+    sum[i / 2] += c[0][n][i];
+  });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sum[half] = sum_columns(sum[half]);
+    sum[half] = sum[half] > 0 ? kept[half] / sum[half] : 0.0f;
+  }
+  for_each_element<1, N>([&](int, int n, int i) { c[0][n][i] *= sum[i / 2]; });
+}
+
+// Goes on with the softmax over the inputs by 16 positions; the sums stay those of a lane.
+template <int R, int N>
+MIMNET_FAST_DEVICE void couple_inputs(const float (&kept)[2], float (&c)[1][N][4],
+                                      RoutedUser<R, N>& user) {
+  float factor[N][2];
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float before = user.top[n][j];
+      user.top[n][j] = maximum(before, max_rows(maximum(c[0][n][j], c[0][n][2 + j])));
+      factor[n][j] = exponential(before - user.top[n][j]);
+      user.sum[n][j] *= factor[n][j];
+    }
+  }
+  scale_columns(user.pooled, [&](int n, int j) { return factor[n][j]; });
+  for_each_element<1, N>([&](int, int n, int i) {
+    const float e = exponential(c[0][n][i] - user.top[n][i % 2]);
+    user.sum[n][i % 2] += e;
+    c[0][n][i] = e * kept[i / 2];
+  });
+}
+
+// out = x through the weight or its transpose, or x itself without one.
+template <bool kTransposed, int P, int R, int N>
+MIMNET_FAST_DEVICE void times_weight(const RoutingPlan& p, const Planes<P, 16 * R>& weight,
+                                     const float (&x)[R][N][4], float (&out)[R][N][4]) {
+  const bool copied = p.matrices == 0;
+  for_each_element<R, N>([&](int m, int n, int i) { out[m][n][i] = copied ? x[m][n][i] : 0.0f; });
+  if (copied) return;
+  uint32_t operand[R][N][kStatePlanes<P>][2];
+  as_operand(x, operand);
+  multiply<!kTransposed>(out, weight, 0, 0, operand);
+}
+
+// All passes. `load(start, count, padded)` puts the inputs of positions into shared memory and
+// zeros after them; `last(position, k, value)` gets what it gets in `route`, from the lane that
+// holds it.
+template <int P, int R, int N, class Load, class Last>
+MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& options,
+                                   const Planes<P, 16 * R>& weight, const Planes<P, 16 * R>& inputs,
+                                   float* back, int64_t number, RoutedUser<R, N>& user, Load load,
+                                   Last last) {
+  constexpr int Q = kStatePlanes<P>;
+  const bool over_inputs = p.axis == SoftmaxAxis::inputs;
+  uint32_t operand[R][N][Q][2];
+  for (int step = 1;; ++step) {
+    const bool is_last = step == p.iterations;
+    for_each_element<R, N>([&](int m, int n, int i) { user.pooled[m][n][i] = 0; });
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      user.top[n][0] = user.top[n][1] = kLowest;
+      user.sum[n][0] = user.sum[n][1] = 0;
+    }
+    for (int start = 0; start < p.length; start += p.positions) {
+      const int count = p.length - start < p.positions ? p.length - start : p.positions;
+      if (step == 1 || p.positions < p.length) {
+        sync_warp();  // until nobody reads the tile before
+        load(start, count, (count + 15) / 16 * 16);
+        load_routing_options(p, options, number, 1, start, count, thread_index() % kWarp, kWarp);
+        sync_warp();
+      }
+#pragma unroll 1
+      for (int row = 0; row < count; row += 16) {
+        float c[1][N][4] = {};
+        if (step > 1) multiply<false>(c, inputs, row, 0, operand);
+        float keep[2], kept[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int l = row + state_row(2 * half);
+          keep[half] = l < count ? options.keep[l] : 0.0f;
+          kept[half] = l < count ? kept_coupling(p, keep[half]) : 0.0f;
+        }
+        const auto put = [&](int n, int i, float value) {
+          const int l = row + state_row(i), k = 8 * n + state_column(i);
+          if (is_last && l < count && k < p.capsules) last(start + l, k, value);
+        };
+        for_each_element<1, N>([&](int, int n, int i) {
+          const int l = row + state_row(i), k = 8 * n + state_column(i);
+          const float first = l < count && k < p.capsules ? options.logits(k, l) : 0.0f;
+          float& x = c[0][n][i];
+          x = l < count ? routing_logit(p, first + x, keep[i / 2] > 0) : kRemoved;
+          if (over_inputs) put(n, i, kept[i / 2] > 0 ? x : kRemoved);
+        });
+        if (over_inputs) {
+          couple_inputs(kept, c, user);
+        } else {
+          couple_capsules(p, options, kept, c);
+          for_each_element<1, N>([&](int, int n, int i) { put(n, i, c[0][n][i]); });
+        }
+        uint32_t coupling[1][N][Q][2];
+        as_operand(c, coupling);
+        multiply<true>(user.pooled, inputs, row, 0, coupling);
+      }
+    }
+    if (over_inputs) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) user.sum[n][j] = sum_rows(user.sum[n][j]);
+      }
+      scale_columns(user.pooled, [&](int n, int j) {
+        const bool present = is_present(p, options, 8 * n + state_column(j));
+        return coupling_scale(user.sum[n][j], present ? 1.0f : 0.0f);
+      });
+    }
+    times_weight<false>(p, weight, user.pooled, user.capsules);
+    if (is_last) return;
+    if (p.inner_squash) {
+      float norm2[N][2];
+      dot_columns(user.capsules, user.capsules, norm2);
+      scale_columns(user.capsules,
+                    [&](int n, int j) { return squash_factor(norm2[n][j], p.squash).factor; });
+    }
+    float update[R][N][4];
+    times_weight<true>(p, weight, user.capsules, update);
+    for_each_element<R, N>([&](int m, int n, int i) {
+      float& sum = back[((m * N + n) * 4 + i) * kWarp + thread_index() % kWarp];
+      sum = step == 1 ? update[m][n][i] : sum + update[m][n][i];
+      update[m][n][i] = sum;
+    });
+    as_operand(update, operand);
   }
 }
 
