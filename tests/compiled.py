@@ -143,24 +143,30 @@ class _Launchers(TorchDispatchMode):
         return getattr(importlib.import_module(module), function)(*args)
 
 
-def _at_size(op: str, case: sizes.Case, dtype: torch.dtype) -> Call:
-    call = sizes.make_call(op, case, dtype)
-    return Call(getattr(ops, op), call.args, call.kwargs)
-
-
 def _calls() -> Iterator[tuple[str, Call]]:
-    """The standard sizes, all widths, and every kind of argument."""
+    """The standard sizes, all widths, and every kind of argument; as few as show every path."""
     widths = [sizes.Case(f"D{d}", 16, 20, 7, d, d) for d in (8, 16, 32, 128)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    at_sizes = {
+        torch.float32: (sizes.PAPER, sizes.WIDE, *widths),
+        torch.bfloat16: (sizes.PAPER, sizes.WIDE, *widths),
+        torch.float16: (sizes.WIDE,),
+    }
+    for dtype, some in at_sizes.items():
         name = str(dtype).removeprefix("torch.")
         for op in ops.FUNCTIONS:
-            for case in (sizes.PAPER, sizes.WIDE, *widths):
-                yield f"{case.name} {name}", _at_size(op, case, dtype)
+            for case in some:
+                call = sizes.make_call(op, case, dtype)
+                yield f"{case.name} {name}", Call(getattr(ops, op), call.args, call.kwargs)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
         capsnet = {"b": 16, "length": 1152, "k": 10, "d_in": 8, "d": 16, "weight": "per_capsule"}
         yield f"capsnet {name}", routing_call(**capsnet, dtype=dtype).trainable()
+        over_inputs = {"k": 10, "d_in": 64, "d": 64, "softmax_over": "inputs", "padding": "ignore"}
+        call = routing_call(**over_inputs, weight="per_capsule", history="mask", dtype=dtype)
+        yield f"over inputs {name}", call.trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
-        for kind, build in EVERY_OP.items():
-            yield f"{kind} {name}", build(dtype=dtype).trainable()
+    for kind, build in EVERY_OP.items():
+        yield kind, build().trainable()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
