@@ -37,7 +37,7 @@ _PADDING_LOGIT = tl.constexpr(-1e9)
 _LOWEST = tl.constexpr(-3e38)
 
 _LONGEST_TILE = 64
-_TILE_ELEMENTS = 8192
+_TILE_ELEMENTS = 4096
 
 
 @triton.jit
@@ -487,7 +487,10 @@ def _tiling(k: int, length: int, d_in: int, d: int, own_votes: bool) -> dict[str
         "L_TILE": l_tile,
         "I_TILE": i_tile,
         "D_TILE": d_tile,
-        "num_warps": min(8, max(1, elements // 1024, outputs // 256)),
+        "num_warps": min(8, max(1, elements // 1024, outputs // 256, i_tile // 16)),
+        "num_stages": 1,
+        # Left to itself, ptxas spills a few bytes to fit one more block on a multiprocessor.
+        "maxnreg": 255,
     }
 
 
