@@ -142,10 +142,13 @@ _PROBLEMS: dict[str, Callable[[str], str | None]] = {
 }
 
 
+_TRITON_OPS = ("squash", "dynamic_routing", "interest_bridge", "target_attention")
 _SERVE_FLOAT64 = [("native", "cpu")]
 
 
-def _problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _problem(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if name == "triton" and op not in _TRITON_OPS:
+        return f"no Triton kernel for {op} in this version"
     if dtype is torch.float64 and (name, device_type) not in _SERVE_FLOAT64:
         return f"no {name} kernels for float64 {device_type} tensors: use float32"
     return _PROBLEMS[name](device_type)
@@ -160,10 +163,10 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     return {**{name: _PROBLEMS[name](device_type) for name in _KERNELS}, "reference": None}
 
 
-def _reasons(like: Tensor, unsupported: list[str]) -> dict[str, list[str]]:
+def _reasons(op: str, like: Tensor, unsupported: list[str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for name in _KERNELS:
-        problem = _problem(name, like.device.type, like.dtype)
+        problem = _problem(name, op, like.device.type, like.dtype)
         reasons[name] = [problem] if problem else list(unsupported)
     reasons["reference"] = []
     return reasons
@@ -175,19 +178,19 @@ def select(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -
     ``unsupported`` lists what this call asks of a kernel that no kernel offers yet.
     """
     if backend is _EXPLAIN:
-        raise _Explanation(_reasons(like, unsupported))
+        raise _Explanation(_reasons(op, like, unsupported))
     name = _default if backend is None else _checked(backend, "backend")
     if name == "reference":
         return name
     if name == "auto":
         if not unsupported:
             for candidate in _AUTO.get(like.device.type, ()):
-                if _problem(candidate, like.device.type, like.dtype) is None:
+                if _problem(candidate, op, like.device.type, like.dtype) is None:
                     return candidate
         if not torch.compiler.is_compiling():
-            _log_fallback(op, _reasons(like, unsupported))
+            _log_fallback(op, _reasons(op, like, unsupported))
         return "reference"
-    problems = _reasons(like, unsupported)[name]
+    problems = _reasons(op, like, unsupported)[name]
     if problems:
         raise BackendUnavailable(
             f"{op}: backend {name!r} cannot serve this call: {'; '.join(problems)}. "
