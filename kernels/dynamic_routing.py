@@ -473,22 +473,14 @@ def _strides(tensor: Tensor | None, dims: int) -> list[int]:
     return [0] * (dims - len(strides)) + strides
 
 
-def _tiling(
-    k: int, length: int, d_in: int, weight: Tensor | None, expanded: bool
-) -> dict[str, int]:
-    """Tiles that stay in registers, and warps enough to hold them.
-
-    Positions are ``expanded`` where a tile holds one vector for each capsule.
-    """
+def _tiling(k: int, length: int, d_in: int, d: int, own_votes: bool) -> dict[str, int]:
+    """Tiles that stay in registers, and warps enough to hold them."""
     k_tile, i_tile = padded(k), padded(d_in, 16)
-    per_position = k_tile * i_tile if expanded else max(k_tile, i_tile)
-    shortest = 1 if expanded else 16
-    longest = max(shortest, min(_LONGEST_TILE, _TILE_ELEMENTS // per_position))
-    l_tile = min(padded(length, shortest), longest)
-    d_tile = i_tile
-    if weight is not None:
-        d_tile = min(padded(weight.shape[-1], 16), max(16, _TILE_ELEMENTS // i_tile))
-    elements = max(per_position * l_tile, 0 if weight is None else i_tile * d_tile)
+    per_position = k_tile * i_tile if own_votes else max(k_tile, i_tile)
+    longest = max(1 if own_votes else 16, min(_LONGEST_TILE, _TILE_ELEMENTS // per_position))
+    l_tile = min(padded(length, 1 if own_votes else 16), longest)
+    d_tile = min(padded(d, 16), max(16, _TILE_ELEMENTS // i_tile))
+    elements = max(per_position * l_tile, i_tile * d_tile)
     outputs = k_tile * max(l_tile, i_tile, d_tile)
     return {
         "K_TILE": k_tile,
@@ -526,7 +518,7 @@ def dynamic_routing(
     coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
     kind = _kind(inputs, weight)
-    tiles = _tiling(num_capsules, length, d_in, weight, kind["OWN_VOTES"])
+    tiles = _tiling(num_capsules, length, d_in, d, kind["OWN_VOTES"])
     if inputs.dim() == 3:
         inputs = inputs[:, None]
     launch(
@@ -602,7 +594,7 @@ def dynamic_routing_backward(
         D_IN=d_in,
         D=d,
         FINAL=squash if final_squash else IDENTITY.value,
-        **_tiling(k, length, d_in, weight, True),
+        **_tiling(k, length, d_in, d, True),
     )
     weight_grad = None
     if wants_weight:

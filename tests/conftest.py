@@ -1,7 +1,11 @@
 """Fixtures of every test."""
 
 import os
+import sys
 import zlib
+
+if not any("cuda" in argument for argument in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import pytest
 import torch
@@ -11,12 +15,6 @@ from mimnet_fast import BackendUnavailable, backends
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device of the tensors: cpu or cuda")
-
-
-def pytest_configure(config):
-    if config.getoption("--device") == "cpu":
-        # Read when the first Triton kernel is defined.
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

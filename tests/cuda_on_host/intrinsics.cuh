@@ -16,7 +16,6 @@
 namespace mimnet_fast::cuda {
 
 #define MIMNET_FAST_DEVICE inline
-#define MIMNET_FAST_ARGUMENTS const
 #define MIMNET_FAST_KERNEL(threads, blocks) void
 
 constexpr int kWarp = host::kLanes;
