@@ -91,8 +91,8 @@ info() {
 
 export -f build info
 export OUT OUTER VENV PYTHON CORES PYTHONUNBUFFERED=1
-TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
-  sort -u | paste -sd' ')
+: "${TORCH_CUDA_ARCH_LIST:=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+  sort -u | paste -sd' ')}"
 export TORCH_CUDA_ARCH_LIST
 
 PARALLEL=()
