@@ -4,13 +4,13 @@ Agreement is linear, so the logits of a step are the first logits plus ``back . 
 ``back [K,D_in]`` sums the capsules of the earlier steps as seen from the input space. No logits are
 kept, no votes are formed, and an iteration is one pass over tiles of inputs, as in flash attention:
 scores, coupling (an online softmax where it runs over the inputs), weighted sum. The weight meets K
-pooled vectors instead of L inputs. A history that fits one tile is read once and stays in
-registers: a user costs L D_in elements of memory, and (2 L + 3 D) K D_in multiply-adds per
-iteration.
+pooled vectors instead of L inputs. A history that fits one tile is read once and stays on the chip:
+a user costs L D_in elements of memory, and 2 (L + D) K D_in multiply-adds per iteration.
 
 A weight per capsule is a matrix times one vector for each of them, which no matrix product serves;
 votes per capsule are products elementwise. Where the weight exceeds a tile, the capsules are formed
-in chunks of their D, once for the length and once for the result.
+in chunks of their D, once for the length and once for the result; a single chunk is formed once,
+because the compiler finds the two equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .squash import IDENTITY, squash_factor, squash_slope
 from .weight_gradients import outer_sums
 
 CAPSULES = tl.constexpr(0)
-ZERO_AFTER = tl.constexpr(0)
 FILL_BEFORE = tl.constexpr(1)
 IGNORE = tl.constexpr(2)
 
@@ -473,14 +472,22 @@ def _strides(tensor: Tensor | None, dims: int) -> list[int]:
     return [0] * (dims - len(strides)) + strides
 
 
-def _tiling(k: int, length: int, d_in: int, d: int, own_votes: bool) -> dict[str, int]:
-    """Tiles that stay in registers, and warps enough to hold them."""
+def _tiling(
+    k: int, length: int, d_in: int, weight: Tensor | None, expanded: bool
+) -> dict[str, int]:
+    """Tiles that stay in registers, and warps enough to hold them.
+
+    Positions are ``expanded`` where a tile holds one vector for each capsule.
+    """
     k_tile, i_tile = padded(k), padded(d_in, 16)
-    per_position = k_tile * i_tile if own_votes else max(k_tile, i_tile)
-    longest = max(1 if own_votes else 16, min(_LONGEST_TILE, _TILE_ELEMENTS // per_position))
-    l_tile = min(padded(length, 1 if own_votes else 16), longest)
-    d_tile = min(padded(d, 16), max(16, _TILE_ELEMENTS // i_tile))
-    elements = max(per_position * l_tile, i_tile * d_tile)
+    per_position = k_tile * i_tile if expanded else max(k_tile, i_tile)
+    shortest = 1 if expanded else 16
+    longest = max(shortest, min(_LONGEST_TILE, _TILE_ELEMENTS // per_position))
+    l_tile = min(padded(length, shortest), longest)
+    d_tile = i_tile
+    if weight is not None:
+        d_tile = min(padded(weight.shape[-1], 16), max(16, _TILE_ELEMENTS // i_tile))
+    elements = max(per_position * l_tile, 0 if weight is None else i_tile * d_tile)
     outputs = k_tile * max(l_tile, i_tile, d_tile)
     return {
         "K_TILE": k_tile,
@@ -518,7 +525,7 @@ def dynamic_routing(
     coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
     kind = _kind(inputs, weight)
-    tiles = _tiling(num_capsules, length, d_in, d, kind["OWN_VOTES"])
+    tiles = _tiling(num_capsules, length, d_in, weight, kind["OWN_VOTES"])
     if inputs.dim() == 3:
         inputs = inputs[:, None]
     launch(
@@ -594,7 +601,7 @@ def dynamic_routing_backward(
         D_IN=d_in,
         D=d,
         FINAL=squash if final_squash else IDENTITY.value,
-        **_tiling(k, length, d_in, d, True),
+        **_tiling(k, length, d_in, weight, True),
     )
     weight_grad = None
     if wants_weight:
