@@ -269,7 +269,8 @@ def _dynamic_routing_forward_kernel(
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
     top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
     total = tl.zeros([K_TILE, 1], tl.float32)
-    # The first weighted sum is compiled apart, because it knows no agreement.
+    # The first weighted sum knows no agreement. It is compiled apart, because a branch would have
+    # Triton repeat the softmax in every layout that its uses ask for.
     for AGAIN in tl.static_range(2):
         for step in range(bound(iterations) - 1 if AGAIN else 1):
             if AGAIN:
