@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(sort $(shell find csrc -type f))
 
-.PHONY: demo test test-packaging bench lint format setup clean
+.PHONY: demo test test-packaging bench cuda-all lint format setup clean
 
 demo: setup
 	$(BIN)/mimnet-fast demo
@@ -18,6 +18,10 @@ test-packaging: setup
 
 bench: setup
 	$(BIN)/pytest bench --benchmark-only
+
+# Every CUDA kernel for every architecture that is served, with its registers and shared memory.
+cuda-all: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/compiled.py cuda 80 86 89 90 100 120
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,9 +1,32 @@
 """What the ops read and write: strides, every element of an output, no user's data for another."""
 
+from functools import partial
+
 import pytest
 import torch
-from cases import DTYPES, EVERY_OP, directions_of, dtype_id
+from cases import (
+    DTYPES,
+    EVERY_OP,
+    SINGLE_AND_HALF,
+    attention_call,
+    bridge_call,
+    directions_of,
+    dtype_id,
+    fusion_call,
+    mimnet_call,
+    routing_call,
+)
 from torch.profiler import profile
+
+WIDE = {
+    "dynamic_routing": partial(routing_call, d_in=32, d=32, history="mask"),
+    "dynamic_routing_votes": partial(routing_call, d_in=32, d=32, weight="votes"),
+    "interest_bridge": partial(bridge_call, d_i=32, d_s=32, d_t=32, h=24),
+    "target_attention": partial(attention_call, d=32),
+    "multi_granularity_attention": partial(fusion_call, d=32, c=2),
+    "mimnet_forward": partial(mimnet_call, d=32, h=24, history="mask"),
+}
+"""Calls that tensor cores serve, where rows are long enough for loads of 16 bytes."""
 
 every_op = pytest.mark.parametrize("name", EVERY_OP)
 
@@ -33,21 +56,40 @@ def inner_gap(t):
     return larger[..., : t.shape[-1]]
 
 
-LAYOUTS = {"transposed": transposed, "strided": strided, "rows_apart": inner_gap}
+def unaligned(t):
+    """The same values one element after an address that wide loads can take."""
+    return torch.cat([t.new_full((1,), 99), t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS = {
+    "transposed": transposed,
+    "strided": strided,
+    "rows_apart": inner_gap,
+    "unaligned": unaligned,
+}
+
+
+def check_layout(call, layout, backend):
+    def change(t):
+        return LAYOUTS[layout](t) if t.dim() and t.dtype is not torch.bool else t
+
+    other = call.map(lambda t: change(t) if t.numel() else t)
+    assert any(not t.is_contiguous() or t.data_ptr() % 16 for t in other.tensors())
+    equal(other.gradients(backend=backend), call.gradients(backend=backend))
 
 
 @every_op
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_id)
 def test_any_strides(backend, dtype, layout, name):
-    call = EVERY_OP[name](b=9, dtype=dtype)
+    check_layout(EVERY_OP[name](b=9, dtype=dtype), layout, backend)
 
-    def change(t):
-        return LAYOUTS[layout](t) if t.dim() and t.dtype is not torch.bool else t
 
-    other = call.map(lambda t: change(t) if t.numel() else t)
-    assert any(not t.is_contiguous() for t in other.tensors())
-    equal(other.gradients(backend=backend), call.gradients(backend=backend))
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
+def test_any_strides_of_wide_tensors(backend, dtype, layout, name):
+    check_layout(WIDE[name](b=3, dtype=dtype), layout, backend)
 
 
 @every_op
