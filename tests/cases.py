@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SINGLE_AND_HALF = (torch.float32, torch.bfloat16)
 
 
+def interpreted(backend: str) -> bool:
+    """Whether kernels run in Triton's interpreter: one thread, and a second for some programs."""
+    return backend == "triton" and torch.get_default_device().type == "cpu"
+
+
 def dtype_id(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
