@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Left to itself, ptxas spills a few bytes to fit one more block on a multiprocessor.
+MOST_REGISTERS = 255
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run ``kernel`` over ``grid`` on the device of the first tensor; an empty grid does nothing.

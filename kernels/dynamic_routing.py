@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import MOST_REGISTERS, launch
 from ._tiles import bound, padded, product
 from .squash import IDENTITY, squash_factor, squash_slope
 from .weight_gradients import outer_sums
@@ -497,8 +497,7 @@ def _tiling(
         "D_TILE": d_tile,
         "num_warps": min(8, max(1, elements // 1024, outputs // 256, i_tile // 16)),
         "num_stages": 1,
-        # Left to itself, ptxas spills a few bytes to fit one more block on a multiprocessor.
-        "maxnreg": 255,
+        "maxnreg": MOST_REGISTERS,
     }
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import MOST_REGISTERS, launch
 from ._tiles import bound, padded, product
 from .weight_gradients import add_parts, outer_sums
 
@@ -446,6 +446,7 @@ def _tiles(k: int, d_source: int, hidden: int) -> dict[str, int]:
         "H_TILE": min(padded(hidden, 16), 32 if k_tile == 16 else 64),
         "S_TILE": min(padded(d_source, 16), 64),
         "num_warps": 8,
+        "maxnreg": MOST_REGISTERS,
     }
 
 
@@ -523,6 +524,7 @@ def _w2_backward(grad: Tensor, source: Tensor, hidden_rows: Tensor, w2: Tensor) 
         T_TILE=t_tile,
         H_TILE=h_tile,
         num_warps=8,
+        maxnreg=MOST_REGISTERS,
     )
     if count > 1:
         add_parts(parts, [grad_w2])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import MOST_REGISTERS, launch
 from ._tiles import bound, padded, product
 from .weight_gradients import outer_sums
 
@@ -324,8 +324,6 @@ def _target_attention_backward_kernel(
             more = grad_weights + user * grad_weights_stride_b + candidate * grad_weights_stride_c
             weight_grad += load_rows(more, here, grad_weights_stride_k, K, K_TILE)
         score_grad = score_gradients(weight_grad, weight, score, scale, POWER, HARD)
-        if interests_grad is not None:
-            u_grad += interests_gradient(weight, pooled_grad, score_grad, folded, u, STORAGE)
 
         folded_grad = weighted_sum(score_grad, u, STORAGE)
         if query_grad is not None:
@@ -345,6 +343,9 @@ def _target_attention_backward_kernel(
             x = load_rows(g, here, grad_stride_d, D, D_TILE)
             x = tl.where(tl.max(weight, 1, keep_dims=True) > 0, x, 0.0)
             tl.store(grad_rows + row * D + d, x, mask=in_rows)
+        # Last, so that the products before it have its registers.
+        if interests_grad is not None:
+            u_grad += interests_gradient(weight, pooled_grad, score_grad, folded, u, STORAGE)
     if interests_grad is not None:
         offsets, _ = interest_offsets(
             users, K * D, D, 1, K, D, USERS, CANDIDATES, K_TILE, D_TILE
@@ -352,20 +353,28 @@ def _target_attention_backward_kernel(
         tl.store(interests_grad + offsets, u_grad, mask=in_interests)
 
 
-def tiling(k: int, d: int, candidates: int) -> dict[str, int]:
-    """Tiles that stay in registers, and warps enough to hold them."""
+def tiling(k: int, d: int, candidates: int, backward: bool = False) -> dict[str, int]:
+    """Tiles that stay in registers, and warps enough to hold them.
+
+    Backward keeps a gradient of the interests from candidate to candidate: room for half as many.
+    """
     many = candidates >= _MANY_CANDIDATES
     k_tile, d_tile = padded(k, 16 if many else 1), padded(d, 16)
     users = 1 if many else max(1, min(16, _TILE_ELEMENTS // (k_tile * d_tile)))
     candidate_tile = 32 if many else 1
-    elements = max(users * k_tile, candidate_tile) * d_tile
+    elements = max(users * k_tile, 2 * k_tile, candidate_tile) * d_tile
+    # Float32 products hold whole rows and columns in registers: those of many rows must be short.
+    weight_elements = _WEIGHT_ELEMENTS // (2 if many else 1)
+    if backward and candidates > 1:
+        users, candidate_tile = max(1, users // 2), max(1, candidate_tile // 2)
     return {
         "USERS": users,
         "CANDIDATES": candidate_tile,
         "K_TILE": k_tile,
         "D_TILE": d_tile,
-        "CHUNK": min(d_tile, max(16, _WEIGHT_ELEMENTS // d_tile)),
-        "num_warps": min(8, max(1, elements // 1024)),
+        "CHUNK": min(d_tile, max(16, weight_elements // d_tile)),
+        "num_warps": min(8, max(1, elements // 512)),
+        "maxnreg": MOST_REGISTERS,
     }
 
 
@@ -465,7 +474,7 @@ def target_attention_backward(
     query_rows, folded_rows = rows(wanted[2] and half), rows(wanted[2])
     grad_rows = rows((wanted[4] or wanted[5]) and (half or capsule_mask is not None))
     pooled_rows = rows(wanted[4])
-    tiles = tiling(k, d, candidates)
+    tiles = tiling(k, d, candidates, True)
     launch(
         _target_attention_backward_kernel,
         (triton.cdiv(users, tiles["USERS"]),),

@@ -18,9 +18,11 @@ from torch import Tensor
 from ._launch import launch
 from ._tiles import bound, padded, product
 
-_TILE_ROWS = 32
+_TILE_ROWS = 16
 _ROWS_OF_ONE_PART = 1024
 _ROWS_OF_PARTS = 512
+# Four blocks then share a multiprocessor; ptxas would spill to fit five, or with 255 spread out.
+_REGISTERS = 128
 _PROGRAMS = 512
 _ELEMENTS = 256
 
@@ -212,6 +214,7 @@ def outer_sums(
         TILE_M=tile_m,
         TILE_N=tile_n,
         TILE_ROWS=_TILE_ROWS,
+        maxnreg=_REGISTERS,
     )
     if split:
         add_parts(parts, outs)

@@ -184,8 +184,8 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
         label: str, architecture: str, *, fn: Any, compile: dict[str, Any], **_: Any
     ) -> bool:
         data = json.loads(compile["specialization_data"])
-        for of_the_architecture in ("options", "key"):
-            del data[of_the_architecture]
+        for of_the_architecture in ("options", "key", "target"):
+            data.pop(of_the_architecture, None)
         key = fn.jit_function, json.dumps(data), compile["num_warps"], compile["num_stages"]
         variant = found.setdefault(key, _Variant(fn.jit_function, label))
         variant.data[architecture] = compile["specialization_data"]
