@@ -446,7 +446,6 @@ def _tiles(k: int, d_source: int, hidden: int) -> dict[str, int]:
         "H_TILE": min(padded(hidden, 16), 32 if k_tile == 16 else 64),
         "S_TILE": min(padded(d_source, 16), 64),
         "num_warps": 8,
-        "maxnreg": MOST_REGISTERS,
     }
 
 
@@ -626,6 +625,7 @@ def interest_bridge_backward(
             hidden,
             T_TILE=min(padded(d_target, 16), 32),
             **tiles,
+            maxnreg=MOST_REGISTERS,
         )
     if needs & 16:
         grads[4] = _w2_backward(grad, source, hidden_rows, w2)
