@@ -625,7 +625,8 @@ def interest_bridge_backward(
             hidden,
             T_TILE=min(padded(d_target, 16), 32),
             **tiles,
-            maxnreg=MOST_REGISTERS,
+            # With a wider source it is having them all that spills.
+            maxnreg=MOST_REGISTERS if d_source <= 64 else None,
         )
     if needs & 16:
         grads[4] = _w2_backward(grad, source, hidden_rows, w2)

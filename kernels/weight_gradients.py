@@ -21,8 +21,8 @@ from ._tiles import bound, padded, product
 _TILE_ROWS = 16
 _ROWS_OF_ONE_PART = 1024
 _ROWS_OF_PARTS = 512
-# Four blocks then share a multiprocessor; ptxas would spill to fit five, or with 255 spread out.
-_REGISTERS = 128
+# Three blocks then share a multiprocessor; ptxas would spill to fit five.
+_REGISTERS = 168
 _PROGRAMS = 512
 _ELEMENTS = 256
 
