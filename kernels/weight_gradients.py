@@ -21,8 +21,8 @@ from ._tiles import bound, padded, product
 _TILE_ROWS = 16
 _ROWS_OF_ONE_PART = 1024
 _ROWS_OF_PARTS = 512
-# Three blocks then share a multiprocessor; ptxas would spill to fit five.
-_REGISTERS = 168
+# Left to itself, ptxas spills a few bytes to fit a third block of 8 warps on a multiprocessor.
+_REGISTERS = 128
 _PROGRAMS = 512
 _ELEMENTS = 256
 
@@ -214,6 +214,7 @@ def outer_sums(
         TILE_M=tile_m,
         TILE_N=tile_n,
         TILE_ROWS=_TILE_ROWS,
+        num_warps=max(4, tile_m * tile_n // 512),
         maxnreg=_REGISTERS,
     )
     if split:
