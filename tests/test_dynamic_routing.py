@@ -9,8 +9,10 @@ from cases import (
     SINGLE_AND_HALF,
     WEIGHTS,
     dtype_id,
+    interpreted,
     routing_call,
     shape_id,
+    some_users,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,7 @@ def test_weights_and_paddings(backend, dtype, weight, softmax_over, history, pad
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_shapes(backend, dtype, weight, shape):
+    shape = {**shape, "b": some_users(backend, shape["b"])}
     routing_call(weight=weight, history="mask", dtype=dtype, **shape).verify(backend)
 
 
@@ -80,12 +83,12 @@ def test_options(backend, dtype, weight, options):
 
 
 @st.composite
-def calls(draw):
-    """Any combination of shapes and options that a kernel serves."""
+def calls(draw, users):
+    """Any combination of shapes and options that a kernel serves, for up to so many users."""
     form = draw(st.sampled_from(SQUASH_FORMS))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     return routing_call(
-        b=draw(st.integers(0, 40)),
+        b=draw(st.integers(0, users)),
         length=draw(st.integers(1, 24)),
         k=draw(st.integers(1, 9)),
         d_in=draw(st.integers(1, 20)),
@@ -108,8 +111,10 @@ def calls(draw):
 
 @pytest.mark.slow
 def test_combinations(backend):
-    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-    @given(calls())
+    examples = 25 if interpreted(backend) else 100
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(calls(some_users(backend, 40)))
     def check(call):
         call.verify(backend)
 
@@ -288,9 +293,15 @@ def test_a_gradient_that_nobody_wants_is_not_computed(backend):
 def test_large_history_and_batch(backend):
     """More users than a block of lanes, more positions than fit a cache line."""
     for weight in WEIGHTS:
-        routing_call(b=130, length=200, k=3, d_in=5, d=5, weight=weight, history="lengths").verify(
-            backend
-        )
+        routing_call(
+            b=some_users(backend, 130),
+            length=200,
+            k=3,
+            d_in=5,
+            d=5,
+            weight=weight,
+            history="lengths",
+        ).verify(backend)
 
 
 def test_random_numbers_are_never_drawn(backend):
