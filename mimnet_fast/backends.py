@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,18 @@ _default = _checked(os.environ.get("MIMNET_FAST_BACKEND", "auto"), "MIMNET_FAST_
 _EXPLAIN: Any = object()
 """As `backend` of a call: raise :class:`_Explanation` instead of choosing."""
 _logged: set[tuple[str, ...]] = set()
+
+
+class Served(NamedTuple):
+    """A call of an op: who served it, and why no kernel did where that was the reference."""
+
+    op: str
+    backend: str
+    why: str
+
+
+_watched: list[Served] | None = None
+"""Where :func:`watch` collects."""
 
 
 def load_status() -> dict[str, str | None]:
@@ -179,6 +191,15 @@ def select(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -
 
     ``unsupported`` lists what this call asks of a kernel that no kernel offers yet.
     """
+    chosen = _choose(op, backend, like, unsupported)
+    if _watched is not None:
+        kernels = _AUTO.get(like.device.type, _KERNELS) if chosen == "reference" else ()
+        why = [reason for name in kernels for reason in _reasons(op, like, unsupported)[name]]
+        _watched.append(Served(op, chosen, "; ".join(dict.fromkeys(why))))
+    return chosen
+
+
+def _choose(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -> str:
     if backend is _EXPLAIN:
         raise _Explanation(_reasons(op, like, unsupported))
     name = _default if backend is None else _checked(backend, "backend")
@@ -206,6 +227,25 @@ def _log_fallback(op: str, reasons: dict[str, list[str]]) -> None:
     if (op, *why) not in _logged:
         _logged.add((op, *why))
         logger.info("%s runs on the reference (%s)", op, " | ".join(why))
+
+
+@contextmanager
+def watch() -> Iterator[list[Served]]:
+    """Collect which backend serves every call of an op in the block, in this process.
+
+    >>> import torch
+    >>> from mimnet_fast import ops
+    >>> with watch() as served:
+    ...     _ = ops.squash(torch.zeros(2), backend="reference")
+    >>> [(call.op, call.backend) for call in served]
+    [('squash', 'reference')]
+    """
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 @contextmanager

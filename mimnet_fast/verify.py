@@ -83,6 +83,41 @@ _Run = list[tuple[str, Tensor]]
 """Outputs, then gradients, by name."""
 
 
+def _copy(
+    tensor: Tensor, dtype: torch.dtype | None = None, noise: torch.Generator | None = None
+) -> Tensor:
+    """A leaf of its own; ``noise`` moves it by up to two units of (at most float32) rounding."""
+    tensor = tensor.detach().to(dtype, copy=True)
+    if noise is not None:
+        eps = min(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps)
+        unit = torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu")
+        unit = unit.to(tensor.device)
+        tensor = (tensor.double() * (1 + eps * (4 * unit - 2))).to(tensor.dtype)
+    return tensor
+
+
+def _gradients(outputs: list[tuple[str, Tensor]], wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of all floating outputs together, each in a direction that depends on its shape alone."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    directions = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
+        for _, out in outputs
+    ]
+    # Hard attention weights, for one, are constants.
+    pairs = [
+        (out, grad) for (_, out), grad in zip(outputs, directions, strict=True) if out.requires_grad
+    ]
+    if not pairs or not wanted:
+        return tuple(torch.zeros_like(leaf) for leaf in wanted)
+    return torch.autograd.grad(
+        [out for out, _ in pairs],
+        wanted,
+        [grad for _, grad in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
 def _run(
     op: Callable[..., Any],
     args: tuple[Any, ...],
@@ -95,44 +130,19 @@ def _run(
 
     A ``jitter`` seeds a change of every input by up to two units of (at most float32) rounding.
     """
-    noise = torch.Generator("cpu").manual_seed(jitter)
-
-    def copy(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to(dtype, copy=True)
-        if jitter:
-            eps = min(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps)
-            unit = torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu")
-            unit = unit.to(tensor.device)
-            tensor = (tensor.double() * (1 + eps * (4 * unit - 2))).to(tensor.dtype)
-        return tensor
-
+    noise = torch.Generator("cpu").manual_seed(jitter) if jitter else None
     floats = [
         (name, t)
         for name, t in (*_named_tensors(args, "input"), *_named_tensors(kwargs, "input"))
         if t.is_floating_point()
     ]
-    unique = {id(t): (name, copy(t)) for name, t in floats}
+    unique = {id(t): (name, _copy(t, dtype, noise)) for name, t in floats}
     # A table of embeddings is frozen inside the ops that take one.
     leaves = {key: leaf.requires_grad_(name != "table") for key, (name, leaf) in unique.items()}
     result = op(*_replace(args, leaves), **{**_replace(kwargs, leaves), "backend": backend})
     outputs = list(_named_tensors(result, "output"))
-    generator = torch.Generator("cpu").manual_seed(0)
-    directions = [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
-        for _, out in outputs
-    ]
     wanted = [(name, leaf) for name, leaf in unique.values() if leaf.requires_grad]
-    # Hard attention weights, for one, are constants.
-    pairs = [
-        (out, grad) for (_, out), grad in zip(outputs, directions, strict=True) if out.requires_grad
-    ]
-    grads = torch.autograd.grad(
-        [out for out, _ in pairs],
-        [leaf for _, leaf in wanted],
-        [grad for _, grad in pairs],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    grads = _gradients(outputs, [leaf for _, leaf in wanted])
     named = [(f"grad of {name}", grad) for (name, _), grad in zip(wanted, grads, strict=True)]
     return [(name, out.detach()) for name, out in outputs] + named
 
