@@ -56,9 +56,9 @@ def comirec(layer: Any) -> Forward | str | None:
             shape = (item_eb.shape[0], k, item_eb.shape[1])
             logits = torch.randn(shape, device=device or item_eb.device).to(item_eb.dtype)
         elif layer.bilinear_type == 1:
-            weight = layer.linear.weight.unflatten(0, (k, -1)).mT
+            weight = layer.linear.weight.reshape(k, -1, item_eb.shape[-1]).mT
         else:
-            weight = layer.w[0].unflatten(1, (k, -1)).mT
+            weight = layer.w[0].reshape(layer.w.shape[1], k, -1, item_eb.shape[-1]).mT
         capsules = ops.dynamic_routing(
             item_eb,
             weight,
@@ -225,7 +225,9 @@ def caps_layer(layer: Any) -> Forward | None:
         return None
 
     def forward(layer: Any, caps_output: Tensor) -> Tensor:
-        weight = layer.weights.unflatten(2, (layer.output_caps, layer.output_dim))
+        weight = layer.weights.reshape(
+            *layer.weights.shape[:2], layer.output_caps, layer.output_dim
+        )
         return _agreement(layer.routing_module, caps_output, weight.transpose(1, 2))
 
     return forward

@@ -96,13 +96,18 @@ def _copy(
     return tensor
 
 
-def _gradients(outputs: list[tuple[str, Tensor]], wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of all floating outputs together, each in a direction that depends on its shape alone."""
+def _directions(outputs: list[tuple[str, Tensor]]) -> list[Tensor]:
+    """One fixed random gradient of every output."""
     generator = torch.Generator("cpu").manual_seed(0)
-    directions = [
+    return [
         torch.randn(out.shape, generator=generator, dtype=torch.float64, device="cpu").to(out)
         for _, out in outputs
     ]
+
+
+def _gradients(
+    outputs: list[tuple[str, Tensor]], directions: list[Tensor], wanted: list[Tensor]
+) -> tuple[Tensor, ...]:
     # Hard attention weights, for one, are constants.
     pairs = [
         (out, grad) for (_, out), grad in zip(outputs, directions, strict=True) if out.requires_grad
@@ -142,7 +147,7 @@ def _run(
     result = op(*_replace(args, leaves), **{**_replace(kwargs, leaves), "backend": backend})
     outputs = list(_named_tensors(result, "output"))
     wanted = [(name, leaf) for name, leaf in unique.values() if leaf.requires_grad]
-    grads = _gradients(outputs, [leaf for _, leaf in wanted])
+    grads = _gradients(outputs, _directions(outputs), [leaf for _, leaf in wanted])
     named = [(f"grad of {name}", grad) for (name, _), grad in zip(wanted, grads, strict=True)]
     return [(name, out.detach()) for name, out in outputs] + named
 
