@@ -199,7 +199,7 @@ def swap(model: Module, example_inputs: Sequence[Any] | None = None, check: bool
     were.
 
     Args:
-        model: Any module. Swap before ``torch.compile``.
+        model: Any module, also a compiled one.
         example_inputs: Positional arguments of the model, in the mode (train or eval), dtype and
             autocast that it is used in.
         check: Without it every layer that an adapter knows is replaced unchecked.
@@ -210,7 +210,7 @@ def swap(model: Module, example_inputs: Sequence[Any] | None = None, check: bool
     Raises:
         TypeError: for a model that is no module, inputs that are no tuple, an adapter that returns
             something else than it should.
-        ValueError: for a check without inputs, a model that is compiled already.
+        ValueError: for a check without inputs, an adapter whose replacement keeps its layer.
 
     Example:
         >>> import torch
@@ -232,8 +232,6 @@ def swap(model: Module, example_inputs: Sequence[Any] | None = None, check: bool
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: got {type(model).__name__}, need a torch.nn.Module instance")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model: is compiled already; swap the model first, then torch.compile it")
     if check and example_inputs is None:
         raise ValueError(
             "example_inputs: got None, need the arguments of the model as a tuple, to check the "
@@ -245,11 +243,11 @@ def swap(model: Module, example_inputs: Sequence[Any] | None = None, check: bool
             "arguments of the model, as in example_inputs=(x,)"
         )
     candidates = _candidates(model)
-    if check:
-        _record(
-            model, [c for c in candidates if not isinstance(c.found, str)], example_inputs or ()
-        )
-    report = Report(_judge(candidate, check) for candidate in candidates)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be recorded
+        if check:
+            replaceable = [c for c in candidates if not isinstance(c.found, str)]
+            _record(model, replaceable, example_inputs or ())
+        report = Report(_judge(candidate, check) for candidate in candidates)
     replaced = []
     for candidate, row in zip(candidates, report, strict=True):
         if row.swapped:

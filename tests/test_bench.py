@@ -199,6 +199,7 @@ def test_pytest_benchmark_collects_every_contest():
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
     )
     ids = [line for line in process.stdout.splitlines() if "::test_" in line]
+    ids = [line for line in ids if not line.startswith("bench/bench_swap.py")]
     assert len(ids) == sum(
         len(in_op) * len(cases.DIRECTIONS) * len(baselines.names(op))
         for op, in_op in cases.CASES.items()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,6 +17,13 @@ import mimnet_fast
 from mimnet_fast import _adapters, backends, ops, register_adapter, swap
 
 CASES = lookalikes.cases()
+MODULE = sys.modules["mimnet_fast.swap"]  # the name in the package is the function
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    """Adapters of one test are unknown to the next."""
+    monkeypatch.setattr(MODULE, "_registered", [])
 
 
 def outputs_and_gradients(module, inputs, seed=0):
@@ -140,22 +148,26 @@ def test_training_goes_on(published):
     assert {id(p): id(state["exp_avg"]) for p, state in optimiser.state.items()} == states
 
 
-def test_compiles(published):
+@pytest.mark.parametrize("first", ["swap", "compile"])
+def test_compiles(published, first):
     model, inputs = published
-    handle = swap(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    eager = outputs_and_gradients(model, inputs)
-    got = outputs_and_gradients(compiled, inputs)
-    assert_same({n.removeprefix("_orig_mod."): t for n, t in got.items()}, eager)
-    with pytest.raises(ValueError, match=r"compiled already; swap the model first"):
-        swap(compiled, inputs)
+    plain = outputs_and_gradients(model, inputs)
+    if first == "compile":
+        assert_same(of_compiled(compiled, inputs), plain)
+    handle = swap(compiled if first == "compile" else model, inputs)
+    assert handle.report[0].swapped
+    with backends.watch() as served:
+        assert_same(of_compiled(compiled, inputs), plain)
+    assert served, "it was compiled anew"
     handle.undo()
-    torch.manual_seed(0)
-    undone = compiled(*inputs)
-    torch.manual_seed(0)
-    assert torch.allclose(undone, model(*inputs), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
+    assert_same(of_compiled(compiled, inputs), plain)
+
+
+def of_compiled(compiled, inputs):
+    found = outputs_and_gradients(compiled, inputs)
+    return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
 
 
 def test_lives_on_as_the_model_does(published, tmp_path):
@@ -203,8 +215,7 @@ def test_adapter_compiles(name):
     eager = outputs_and_gradients(layer, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    got = outputs_and_gradients(compiled, inputs)
-    assert_same({n.removeprefix("_orig_mod."): t for n, t in got.items()}, eager)
+    assert_same(of_compiled(compiled, inputs), eager)
 
 
 def test_every_adapter_has_a_case():
@@ -417,6 +428,20 @@ def test_another_draw_of_the_logits_is_caught(monkeypatch):
     assert not swap(layer, inputs).report[0].swapped
 
 
+def test_a_layer_with_random_numbers_of_its_own_is_refused():
+    """Else the difference of its draws would be the tolerance."""
+    drawn = torch.Generator()
+
+    class OwnDraw(lookalikes.DenseCapsule):
+        def forward(self, x):
+            return super().forward(x) * torch.rand(K, 1, generator=drawn, device="cpu").to(x)
+
+    layer = named("DenseCapsule", OwnDraw)()
+    (row,) = swap(layer, CASES["xifengguo"].inputs()).report
+    assert not row.swapped
+    assert "nothing can be compared with that" in row.outcome
+
+
 def test_not_finite_is_refused():
     case = CASES["gram"]
     inputs = case.inputs()
@@ -435,8 +460,8 @@ def test_every_call_of_a_layer_is_checked():
 
     model = nn.ModuleDict({"layer": layer})
     model.forward = lambda x: model["layer"](x).sum() + model["layer"](x[1:]).sum()
-    with registered(lambda layer: only_the_first_is_right if is_dense(layer) else None):
-        assert not swap(model, (lookalikes.history(),)).report[0].swapped
+    register_adapter(lambda layer: only_the_first_is_right if is_dense(layer) else None)
+    assert not swap(model, (lookalikes.history(),)).report[0].swapped
 
 
 def test_nothing_of_the_model_changes():
@@ -533,52 +558,41 @@ def test_report_says_where_nothing_is_gained():
 # One's own adapters
 
 
-class registered:
-    """An adapter for the block."""
-
-    def __init__(self, adapter):
-        self.adapter = register_adapter(adapter)
-
-    def __enter__(self):
-        return self.adapter
-
-    def __exit__(self, *_):
-        mimnet_fast.swap.__globals__["_registered"].remove(self.adapter)
-
-
 def is_dense(layer):
     return isinstance(layer, lookalikes.DenseCapsule)
 
 
 def test_own_adapter_comes_first():
+    @register_adapter
     def mine(layer):
         return (lambda layer, x: type(layer).forward(layer, x)) if is_dense(layer) else None
 
-    with registered(mine):
-        (row,) = swap(CASES["xifengguo"].make(), CASES["xifengguo"].inputs()).report
+    (row,) = swap(CASES["xifengguo"].make(), CASES["xifengguo"].inputs()).report
     assert (row.adapter, row.swapped, row.outcome) == ("mine", True, "no op")
 
 
 def test_own_adapter_that_fails_is_told():
+    @register_adapter
     def mine(layer):
         return (lambda layer, y: y.no_such_attribute) if is_dense(layer) else None
 
-    with registered(mine):
-        (row,) = swap(CASES["xifengguo"].make(), CASES["xifengguo"].inputs()).report
+    (row,) = swap(CASES["xifengguo"].make(), CASES["xifengguo"].inputs()).report
     assert not row.swapped
     assert "the check raised AttributeError" in row.outcome
 
 
 def test_own_adapter_that_keeps_its_layer():
+    @register_adapter
     def mine(layer):
         return (lambda _, x: layer(x)) if is_dense(layer) else None
 
-    with registered(mine), pytest.raises(ValueError, match="use the first argument instead"):
+    with pytest.raises(ValueError, match="use the first argument instead"):
         swap(lookalikes.DenseCapsule(), check=False)
 
 
 def test_own_adapter_that_returns_nonsense():
-    with registered(lambda layer: 3), pytest.raises(TypeError, match="returned int, need a func"):
+    register_adapter(lambda layer: 3)
+    with pytest.raises(TypeError, match="returned int, need a func"):
         swap(lookalikes.DenseCapsule(), check=False)
     with pytest.raises(TypeError, match="adapter: got int"):
         register_adapter(3)
