@@ -108,9 +108,9 @@ def easyrec(layer: Any) -> Forward | str | None:
         return f"routing_logits_scale is {layer._routing_logits_scale}: no softmax temperature"
 
     def forward(layer: Any, inputs: Tensor, seq_len: Tensor) -> tuple[Tensor, Tensor]:
-        length, k, device = layer._max_seq_len, layer._max_k, inputs.device
-        inputs = inputs[:, :length]
-        inputs = torch.nn.functional.pad(inputs, (0, 0, 0, length - inputs.shape[1]))
+        most, k, device = layer._max_seq_len, layer._max_k, inputs.device
+        inputs = inputs[:, :most]
+        inputs = torch.nn.functional.pad(inputs, (0, 0, 0, most - inputs.shape[1]))
         drawn = torch.randn((*inputs.shape[:2], k), device=device, dtype=inputs.dtype)
         present = torch.full_like(seq_len, k, dtype=torch.float32)
         if not layer._const_caps_num:
@@ -120,18 +120,20 @@ def easyrec(layer: Any) -> Forward | str | None:
             inputs,
             layer.bilinear_matrix,
             (drawn * layer._routing_logits_stddev).mT,
-            mask=torch.arange(length, device=device) < seq_len[:, None],
+            mask=torch.arange(most, device=device) < seq_len[:, None],
             capsule_mask=capsule_mask,
             iterations=layer._num_iters,
             update="coupling",
             normalize_agreement=True,
             inner_squash=False,
+            final_squash=False,
             temperature=1 / layer._routing_logits_scale,
-            squash="pow_clamp",
-            eps=1e-7,
-            power=layer._squash_pow,
         )
-        return capsules, capsule_mask
+        # Not pow_clamp, which keeps the true length under the power: saturated couplings leave
+        # capsules shorter than 1e-7.
+        length = torch.linalg.vector_norm(capsules, dim=-1, keepdim=True).clamp_min(1e-7)
+        power = (length**2 / (1 + length**2)) ** layer._squash_pow
+        return power / length * capsules, capsule_mask
 
     return forward
 

@@ -414,6 +414,7 @@ def cases():
         "mimnet-once": ("mimnet_capsules", MIMNetCapsules, {"iters": 1, "init_std": 2.0}),
         "easyrec": ("easyrec", EasyRecCapsules, {}),
         "easyrec-constant": ("easyrec", EasyRecCapsules, {"const_caps_num": True}),
+        "easyrec-saturated": ("easyrec", EasyRecCapsules, {"scale": 40.0}),
         "easyrec-longer": ("easyrec", EasyRecCapsules, {"max_seq_len": L + 2}),
         "easyrec-cut": ("easyrec", EasyRecCapsules, {"max_seq_len": L - 2}),
     }

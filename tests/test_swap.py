@@ -394,7 +394,7 @@ MUTATIONS = [
     ("easyrec", {"update": "accumulate"}),
     ("easyrec", {"normalize_agreement": False}),
     ("easyrec", {"temperature": 1.0}),
-    ("easyrec", {"power": 1.0}),
+    ("easyrec", {"final_squash": True}),
     ("easyrec", {"inner_squash": True}),
     ("xifengguo", {"eps": 1e-2}),
     ("xifengguo", {"gradient": "full"}),
