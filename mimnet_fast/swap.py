@@ -244,8 +244,8 @@ def swap(model: Module, example_inputs: Sequence[Any] | None = None, check: bool
         )
     candidates = _candidates(model)
     with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be recorded
-        if check:
-            replaceable = [c for c in candidates if not isinstance(c.found, str)]
+        replaceable = [c for c in candidates if not isinstance(c.found, str)]
+        if check and replaceable:
             _record(model, replaceable, example_inputs or ())
         report = Report(_judge(candidate, check) for candidate in candidates)
     replaced = []
@@ -284,7 +284,7 @@ def _record(model: Module, candidates: list[_Candidate], example_inputs: Sequenc
         _replace_forward(candidate.layer, recorder(candidate))
     try:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.no_grad(), _same_random_numbers(model):
+        with torch.no_grad(), _same_random_numbers():
             functional_call(model, buffers, tuple(example_inputs))
     finally:
         for candidate in candidates:
@@ -292,10 +292,10 @@ def _record(model: Module, candidates: list[_Candidate], example_inputs: Sequenc
 
 
 @contextmanager
-def _same_random_numbers(module: Module) -> Iterator[None]:
+def _same_random_numbers() -> Iterator[None]:
     """Start from the present random state and leave it as it is."""
-    devices = {t.device.index for t in module.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(gpus):
         yield
 
 
@@ -348,7 +348,7 @@ def _compare(
 ) -> tuple[Difference, ...]:
     """Differences of ``new`` from the layer on one call, and in ``served`` who computes it."""
     old = type(layer).forward
-    tensors = [*layer.parameters(), *(t for _, t in _named_tensors(call, "input"))]
+    tensors = [*layer.parameters(), *(t for _, t in _inputs(call))]
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     plain = [_run(layer, old, call)]
     oracle = _run(layer, old, call, own, torch.float64)
@@ -358,7 +358,8 @@ def _compare(
     with backends.watch() as watched:
         fast = _run(layer, new, call)
     served += watched
-    if (got := _described(fast)) != (needed := _described(plain[0])):
+    got, needed = _described(fast), _described(plain[0])
+    if got != needed:
         raise _Refused(f"its replacement returns {got}, the layer {needed}")
     _be_near(plain[0], oracle, own)
     for runs in _JITTERED_RUNS:
@@ -385,11 +386,15 @@ def _be_near(plain: _Run, oracle: _Run, own: torch.dtype) -> None:
 
 
 def _described(run: _Run) -> str:
-    return ", ".join(
-        f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-        for name, t in run
-        if not name.startswith("grad")
-    )
+    outputs = [t for name, t in run if not name.startswith("grad")]
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in outputs)
+
+
+def _inputs(call: _Call) -> Iterator[tuple[str, Tensor]]:
+    args, kwargs = call
+    named = (*_named_tensors(args, "input"), *_named_tensors(kwargs, "input"))
+    for i, (name, tensor) in enumerate(named):
+        yield f"{name} (tensor {i})", tensor  # names of dictionaries inside may repeat
 
 
 class _Bare(Module):
@@ -431,10 +436,9 @@ def _run(
     for name, buffer in layer.named_buffers():
         to = target if buffer.is_floating_point() else None
         state[f"layer.{name}"] = buffer.to(to, copy=True)
-    args, kwargs = call
-    given = {id(t): leaf(n, t) for n, t in _named_tensors([args, kwargs], "input")}
-    args, kwargs = tree_map_only(Tensor, lambda t: given[id(t)], (args, kwargs))
-    with torch.enable_grad(), _same_random_numbers(layer):
+    given = {id(t): leaf(n, t) for n, t in _inputs(call)}
+    args, kwargs = tree_map_only(Tensor, lambda t: given.get(id(t), t), call)
+    with torch.enable_grad(), _same_random_numbers():
         with mode:
             result = functional_call(_Bare(layer, forward), state, args, kwargs)
         outputs = [

@@ -571,6 +571,29 @@ def test_own_adapter_comes_first():
     assert (row.adapter, row.swapped, row.outcome) == ("mine", True, "no op")
 
 
+def test_layer_that_takes_dictionaries():
+    class Both(nn.Module):
+        def forward(self, one, other, *, scale):
+            return one["x"] @ other["x"], scale.long()
+
+    calls = []
+
+    @register_adapter
+    def both(layer):
+        def forward(layer, one, other, *, scale):
+            calls.append((one["x"].shape, other["x"].shape))
+            return one["x"] @ other["x"], scale.long()
+
+        return forward if isinstance(layer, Both) else None
+
+    layer, tensors = Both(), ({"x": torch.randn(2, 3)}, {"x": torch.randn(3, 4)})
+    model = nn.ModuleList([layer])
+    model.forward = lambda *inputs: layer(*inputs, scale=torch.ones(()))
+    (row,) = swap(model, tensors).report
+    assert row.swapped, row
+    assert calls == [((2, 3), (3, 4))]
+
+
 def test_own_adapter_that_fails_is_told():
     @register_adapter
     def mine(layer):
