@@ -154,7 +154,13 @@ _PROBLEMS: dict[str, Callable[[str], str | None]] = {
 }
 
 
-_TRITON_OPS = ("squash", "dynamic_routing", "interest_bridge", "target_attention")
+_TRITON_OPS = (
+    "squash",
+    "dynamic_routing",
+    "interest_bridge",
+    "target_attention",
+    "multi_granularity_attention",
+)
 _SERVE_FLOAT64 = [("native", "cpu")]
 
 
