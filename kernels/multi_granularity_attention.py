@@ -303,6 +303,22 @@ def _multi_granularity_attention_backward_kernel(
         tl.store(interests_grad + offsets, u_grad, mask=in_interests)
 
 
+def _tiles(k: int, d: int, candidates: int) -> dict[str, int]:
+    """Those of one head, with fewer users and more warps, because two heads keep more at a time."""
+    tiles = tiling(k, d, candidates)
+    per_user = tiles["K_TILE"] * tiles["D_TILE"]
+    if tiles["CANDIDATES"] == 1:
+        # A program reads the weights once for all its users, and small weights are read fast.
+        most = max(1, min(tiles["USERS"], 4096 // per_user))
+        tiles["USERS"] = min(most, tiles["D_TILE"] // 8)
+        tiles["num_warps"] = min(8, max(1, tiles["USERS"] * per_user // 512))
+    else:
+        tiles["num_warps"] = min(8, 2 * tiles["num_warps"])
+    tiles["CHUNK"] = min(tiles["CHUNK"], max(16, min(32, 2048 // tiles["D_TILE"])))
+    # Left to itself, ptxas spills a few bytes to fit one more block on a multiprocessor.
+    return {**tiles, "maxnreg": 255}
+
+
 def fusion_products(rows: Tensor, d: int) -> list[tuple[Tensor | None, Tensor]]:
     """What `outer_sums` makes the gradients of the ten parameters of, from rows ``[R, 1, ..]``."""
     *parts, gate_items, gate = rows.split([d] * 8 + [2 * d, 1], 2)
@@ -334,7 +350,7 @@ def multi_granularity_attention(
     k, d = interests.shape[1:]
     item, prototype = with_candidates(item, 3), with_candidates(prototype, 3)
     users, candidates, _ = item.shape
-    tiles = tiling(k, d, candidates)
+    tiles = _tiles(k, d, candidates)
     launch(
         _multi_granularity_attention_forward_kernel,
         (triton.cdiv(users, tiles["USERS"]), triton.cdiv(candidates, tiles["CANDIDATES"])),
@@ -397,7 +413,7 @@ def multi_granularity_attention_backward(
     rows = None
     if needs >> 3:
         rows = item.new_empty(users * candidates, 1, 10 * d + 1, dtype=torch.float32)
-    tiles = tiling(k, d, candidates)
+    tiles = _tiles(k, d, candidates)
     launch(
         _multi_granularity_attention_backward_kernel,
         (triton.cdiv(users, tiles["USERS"]),),
