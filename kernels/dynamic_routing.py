@@ -146,7 +146,7 @@ def _load_inputs(
 
 
 @triton.jit
-def _load_logits(
+def load_logits(
     logits, start, stride_k, stride_l, length, K: tl.constexpr, K_TILE: tl.constexpr,
     L_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _load_logits(
 
 
 @triton.jit
-def _load_real(mask, start, stride_l, length, L_TILE: tl.constexpr):
+def load_real(mask, start, stride_l, length, L_TILE: tl.constexpr):
     """Which positions of a tile [1, L_TILE] hold an item."""
     at = (start + tl.arange(0, L_TILE))[None, :]
     real = at < length
@@ -263,8 +263,8 @@ def _dynamic_routing_forward_kernel(
             inputs, 0, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
             OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
         )  # fmt: skip
-        first = _load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
-        real = _load_real(mask, 0, mask_stride_l, length, L_TILE)
+        first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
+        real = load_real(mask, 0, mask_stride_l, length, L_TILE)
     back = tl.zeros([K_TILE, I_TILE], tl.float32)
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
     top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
@@ -297,10 +297,10 @@ def _dynamic_routing_forward_kernel(
                         inputs, start, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
                         OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
                     )  # fmt: skip
-                    first = _load_logits(
+                    first = load_logits(
                         logits, start, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
                     )
-                    real = _load_real(mask, start, mask_stride_l, length, L_TILE)
+                    real = load_real(mask, start, mask_stride_l, length, L_TILE)
                 at = start + tl.arange(0, L_TILE)[None, :]
                 logit = first
                 if AGAIN:
@@ -517,11 +517,15 @@ def dynamic_routing(
     squash: int,
     eps: float,
     power: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Capsules [B,K,D], and for backward the last coupling [B,K,L] and weighted sum [B,K,D_in]."""
+    """Capsules [B,K,D], and for backward the last coupling [B,K,L] and weighted sum [B,K,D_in].
+
+    The capsules have the dtype of the inputs unless another is asked for.
+    """
     batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
     d = d_in if weight is None else weight.shape[-1]
-    out = inputs.new_empty(batch, num_capsules, d)
+    out = inputs.new_empty(batch, num_capsules, d, dtype=dtype)
     coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
     kind = _kind(inputs, weight)

@@ -47,9 +47,9 @@ def hidden_units(x, here, stride_i, w1, b1, h, D_I: tl.constexpr, H: tl.constexp
         vector = tl.load(x + i[None, :] * stride_i, mask=here & (i[None, :] < D_I), other=0.0)
         in_w1 = (i[:, None] < D_I) & (h[None, :] < H)
         weight = tl.load(w1 + h[None, :] * D_I + i[:, None], mask=in_w1, other=0.0)
-        total += product(vector, weight, x.dtype.element_ty)
+        total += product(vector, weight, w1.dtype.element_ty)
     bias = tl.load(b1 + h, mask=h < H, other=0.0).to(tl.float32)
-    return tl.maximum(total + bias[None, :], 0.0)
+    return tl.maximum(total + bias[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

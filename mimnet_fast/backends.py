@@ -160,6 +160,7 @@ _TRITON_OPS = (
     "interest_bridge",
     "target_attention",
     "multi_granularity_attention",
+    "mimnet_forward",
 )
 _SERVE_FLOAT64 = [("native", "cpu")]
 
