@@ -124,18 +124,22 @@ def _coupling(logit, real, length, K: tl.constexpr, PADDING: tl.constexpr):
 
 @triton.jit
 def _route(x, first, real, length, weight, iterations, K: tl.constexpr, PADDING: tl.constexpr):
-    """The last coupling [K_TILE, L_TILE] and weighted sums [K_TILE, D_TILE] of one user."""
+    """One user's last coupling [K_TILE, L_TILE], weighted sums and capsules [K_TILE, D_TILE]."""
     back = tl.zeros([first.shape[0], x.shape[1]], tl.float32)
     share = _coupling(first, real, length, K, PADDING)
+    # Each product stands before the loop and in it. One after it makes Triton convert an operand
+    # that it has converted in the loop, where the result is out of scope.
+    pooled = product(share, x, tl.float32)
+    capsules = product(pooled, weight, tl.float32)
     for _ in range(bound(iterations) - 1):
-        capsules = product(product(share, x, tl.float32), weight, tl.float32)
-        factor, _slope = squash_factor(
-            tl.sum(capsules * capsules, 1, keep_dims=True), SQRT_EPS, _EPS, 1.0
-        )
+        norm2 = tl.sum(capsules * capsules, 1, keep_dims=True)
+        factor, _slope = squash_factor(norm2, SQRT_EPS, _EPS, 1.0)
         back += product(factor * capsules, tl.trans(weight), tl.float32)
         logit = first + product(back, tl.trans(x), tl.float32)
         share = _coupling(logit, real, length, K, PADDING)
-    return share, product(share, x, tl.float32)
+        pooled = product(share, x, tl.float32)
+        capsules = product(pooled, weight, tl.float32)
+    return share, pooled, capsules
 
 
 @triton.jit
@@ -210,18 +214,17 @@ def _mimnet_forward_kernel(
     first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
     real = load_real(mask, 0, mask_stride_l, length, L_TILE)
     weight = _load_matrix(routing_weight, D, D, D_TILE, D_TILE)
-    _, pooled = _route(x, first, real, length, weight, iterations, K, PADDING)
+    _, pooled, capsules = _route(x, first, real, length, weight, iterations, K, PADDING)
     _store_matrix(pooled_out + user * K * D, pooled, K, D)
-    capsules = product(pooled, weight, tl.float32)
     factor, _ = squash_factor(tl.sum(capsules * capsules, 1, keep_dims=True), SQRT_EPS, _EPS, 1.0)
 
     source += user * source_stride_b
     contracted = tl.zeros([D_TILE, H_TILE], tl.float32)
     shift = tl.zeros([1, D_TILE], tl.float32)
     for s in tl.range(D, loop_unroll_factor=4):
-        value = tl.load(source + s * source_stride_d).to(tl.float32)
-        contracted += value * _load_matrix(w2 + s * D * H, D, H, D_TILE, H_TILE)
-        shift += value * load_vector(b2 + s * D, 0, D, D_TILE)
+        element = tl.load(source + s * source_stride_d).to(tl.float32)
+        contracted += element * _load_matrix(w2 + s * D * H, D, H, D_TILE, H_TILE)
+        shift += element * load_vector(b2 + s * D, 0, D, D_TILE)
     hidden = _hidden(factor * capsules, w1, b1, D, H, H_TILE)
     transferred = product(hidden, tl.trans(contracted), tl.float32) + shift
     _store_matrix(transferred_out + user * K * D, transferred, K, D)
@@ -369,9 +372,9 @@ def _mimnet_backward_kernel(
     shift_grad = tl.sum(t_grad, 0, keep_dims=True)
     contracted = tl.zeros([D_TILE, H_TILE], tl.float32)
     for s in tl.range(D, loop_unroll_factor=4):
-        value = tl.load(source + s * source_stride_d).to(tl.float32)
+        element = tl.load(source + s * source_stride_d).to(tl.float32)
         generating = _load_matrix(w2 + s * D * H, D, H, D_TILE, H_TILE)
-        contracted += value * generating
+        contracted += element * generating
         if source_grad is not None:
             total = tl.sum(generating * contracted_grad)
             total += tl.sum(load_vector(b2 + s * D, 0, D, D_TILE) * shift_grad)
@@ -392,7 +395,7 @@ def _mimnet_backward_kernel(
         logits += user * logits_stride_b
         first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
         real = load_real(mask, 0, mask_stride_l, length, L_TILE)
-        coupling, _ = _route(x, first, real, length, weight, iterations, K, PADDING)
+        coupling, _, _ = _route(x, first, real, length, weight, iterations, K, PADDING)
         x_grad = product(capsules_grad, tl.trans(weight), tl.float32)
         x_grad = product(tl.trans(coupling), x_grad, tl.float32)
         at = tl.arange(0, L_TILE)[:, None]
