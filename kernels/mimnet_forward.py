@@ -59,7 +59,6 @@ _LOWEST = tl.constexpr(-3e38)
 
 _WIDEST = 32
 _TILE_ELEMENTS = 2048
-_NUM_WARPS = 4
 
 
 @triton.jit
@@ -481,14 +480,15 @@ def _tiles(k: int, length: int, d: int, hidden: int) -> dict[str, int] | None:
     """Tiles of a user that stay in registers; None where they are too large for that."""
     # The sums over the interests are products, whose inner size is at least 16.
     k_tile, l_tile, d_tile, h_tile = (padded(size, 16) for size in (k, length, d, hidden))
-    if d > _WIDEST or max(k_tile, d_tile) * max(l_tile, h_tile) > _TILE_ELEMENTS:
+    elements = max(k_tile, d_tile) * max(l_tile, h_tile)
+    if d > _WIDEST or elements > _TILE_ELEMENTS:
         return None
     return {
         "K_TILE": k_tile,
         "L_TILE": l_tile,
         "D_TILE": d_tile,
         "H_TILE": h_tile,
-        "num_warps": _NUM_WARPS,
+        "num_warps": 4 if max(elements, 64 * d_tile) <= 1024 else 8,
         # Left to itself, ptxas spills a few bytes to fit one more block on a multiprocessor.
         "maxnreg": 255,
     }

@@ -192,8 +192,6 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
         return True  # that is, neither compile nor launch
 
     for label, call in calls:
-        if call.op.__name__ not in backends._TRITON_OPS:
-            continue
         for architecture in architectures:
             triton.runtime.driver.set_active(_NoDriver(architecture))
             triton.knobs.runtime.jit_cache_hook = partial(collect, label, architecture)

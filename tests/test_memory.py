@@ -156,8 +156,9 @@ def test_poison_reaches_the_outputs_of_the_kernels(backend, poisoned):
     call = EVERY_OP["squash"]()
     with profile() as events:
         call(backend=backend)
-    fills = {e.key: e.count for e in events.key_averages()}
-    assert fills["aten::fill_"] == fills["aten::empty"] == 1
+    counts = {e.key: e.count for e in events.key_averages()}
+    # One tensor is the output; the interpreter of Triton makes some of its own.
+    assert counts["aten::fill_"] == counts["aten::empty"] >= 1
 
 
 @every_op
