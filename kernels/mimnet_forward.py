@@ -346,6 +346,15 @@ def _mimnet_backward_kernel(
     biases -= load_vector(fine_value_bias, 0, D, D_TILE)
     gate_grad = coarse_dot - fine_dot + tl.sum(item_row * biases, 1, keep_dims=True)
     gate_grad *= rating_grad * fine * coarse
+    # Each part's rows are stored as soon as they are known, to free registers for the next.
+    if rows is not None:
+        rows += user * (12 * D + 1 + D * D + H + 2 * D * H)
+        store_rows(
+            rows + tl.zeros([1, 1], tl.int64), here, item_row, prototype_row,
+            rating_grad * item_row, fine, coarse, gate_grad, fine_pooled, coarse_pooled,
+            fine_folded_grad, coarse_folded_grad, D,
+        )  # fmt: skip
+        rows += 10 * D + 1
     if item_grad is not None:
         value = fine * projected(fine_pooled, fine_value_weight, fine_value_bias, 0, D, D_TILE)
         value += coarse * projected(
@@ -369,6 +378,12 @@ def _mimnet_backward_kernel(
     hidden = _hidden(interests, w1, b1, D, H, H_TILE)
     contracted_grad = product(tl.trans(t_grad), hidden, tl.float32)
     shift_grad = tl.sum(t_grad, 0, keep_dims=True)
+    if rows is not None:
+        source_row = load_rows(source, here, source_stride_d, D, D_TILE)
+        _store_matrix(rows, source_row, 1, D)
+        _store_matrix(rows + D, shift_grad, 1, D)
+        _store_matrix(rows + 2 * D, contracted_grad, D, H)
+        rows += 2 * D + D * H
     contracted = tl.zeros([D_TILE, H_TILE], tl.float32)
     for s in tl.range(D, loop_unroll_factor=4):
         element = tl.load(source + s * source_stride_d).to(tl.float32)
@@ -383,6 +398,11 @@ def _mimnet_backward_kernel(
     interests_grad = product(hidden_grad, w1_tile, tl.float32)
     dot = tl.sum(capsules * interests_grad, 1, keep_dims=True)
     capsules_grad = factor * interests_grad + squash_slope(dot, norm2, radial) * capsules
+    if rows is not None:
+        _store_matrix(rows, product(tl.trans(hidden_grad), interests, tl.float32), H, D)
+        _store_matrix(rows + D * H, tl.sum(hidden_grad, 0, keep_dims=True), 1, H)
+        rows += D * H + H
+        _store_matrix(rows, product(tl.trans(pooled), capsules_grad, tl.float32), D, D)
 
     if history_grad is not None:
         if mask is not None:
@@ -400,24 +420,6 @@ def _mimnet_backward_kernel(
         at = tl.arange(0, L_TILE)[:, None]
         x_offsets = (user * length + at) * D + d
         tl.store(history_grad + x_offsets, x_grad, mask=(at < length) & (d < D))
-
-    if rows is not None:
-        rows += user * (2 * D * H + H + D * D + 12 * D + 1)
-        # Hidden units of capsules that are only padding have no gradient, but are not 0.
-        _store_matrix(rows, contracted_grad, D, H)
-        _store_matrix(rows + D * H, product(tl.trans(hidden_grad), interests, tl.float32), H, D)
-        rows += 2 * D * H
-        _store_matrix(rows, tl.sum(hidden_grad, 0, keep_dims=True), 1, H)
-        rows += H
-        _store_matrix(rows, product(tl.trans(pooled), capsules_grad, tl.float32), D, D)
-        rows += D * D
-        _store_matrix(rows, shift_grad, 1, D)
-        _store_matrix(rows + D, load_rows(source, here, source_stride_d, D, D_TILE), 1, D)
-        store_rows(
-            rows + 2 * D + tl.zeros([1, 1], tl.int64), here, item_row, prototype_row,
-            rating_grad * item_row, fine, coarse, gate_grad, fine_pooled, coarse_pooled,
-            fine_folded_grad, coarse_folded_grad, D,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -671,7 +673,7 @@ def mimnet_forward_backward(
         )  # fmt: skip
     embeddings = history, *vectors
     grads = [t.new_empty(t.shape) if needs >> i & 1 else None for i, t in enumerate(embeddings)]
-    parts = [d * hidden, d * hidden, hidden, d * d, d, d, 10 * d + 1]
+    parts = [10 * d + 1, d, d, d * hidden, d * hidden, hidden, d * d]
     rows = None
     if needs >> 4:
         rows = source.new_empty(batch, 1, sum(parts), dtype=torch.float32)
@@ -699,7 +701,7 @@ def mimnet_forward_backward(
     )
     products = []
     if rows is not None:
-        contracted, w1, b1, weight, shift, source_rows, attention = rows.split(parts, 2)
+        attention, source_rows, shift, contracted, w1, b1, weight = rows.split(parts, 2)
         products = [
             (None, weight), (None, w1), (None, b1), (source_rows, contracted),
             (source_rows, shift), *fusion_products(attention, d),
