@@ -158,8 +158,6 @@ _SERVE_FLOAT64 = [("native", "cpu")]
 
 
 def _problem(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if (name, device_type, op) == ("native", "cuda", "mimnet_forward"):
-        return "no CUDA kernel for mimnet_forward in this version"
     if dtype is torch.float64 and (name, device_type) not in _SERVE_FLOAT64:
         return f"no {name} kernels for float64 {device_type} tensors: use float32"
     return _PROBLEMS[name](device_type)

@@ -21,7 +21,6 @@ TESTS = Path(__file__).parent
 OPS = sorted(
     source.stem
     for source in (TESTS.parent / "csrc" / "cuda").glob("*.cu")
-    if source.stem != "mimnet_forward"  # has no CUDA kernel yet, as mimnet_fast.backends says
     if (TESTS / f"test_{source.stem}.py").exists()
 )
 

@@ -187,19 +187,6 @@ route_users_backward(RoutingLaunch args) {
   }
 }
 
-// What a warp holds in shared memory for its user.
-template <int P, int R, int N>
-struct RoutingWarp {
-  Planes<P, 16 * R> inputs;
-  RoutingOptions options;
-  float* back;
-
-  MIMNET_FAST_INLINE RoutingWarp(const RoutingPlan& p, Arena& arena)
-      : inputs(arena, p.positions, 16 * R),
-        options(p, 1, arena),
-        back(arena.floats(4 * R * N * kWarp)) {}
-};
-
 // The weight in shared memory, once all warps have put it there.
 template <int P, int D>
 MIMNET_FAST_DEVICE Planes<P, D> load_weight_planes(const RoutingPlan& p, Arena& arena) {
@@ -212,7 +199,9 @@ MIMNET_FAST_DEVICE Planes<P, D> load_weight_planes(const RoutingPlan& p, Arena& 
   return weight;
 }
 
-constexpr int most_blocks(int planes, int d, int n) { return planes == 1 && d * n <= 64 ? 2 : 1; }
+constexpr int most_blocks(int planes, int d, int n) {
+  return planes == 1 && d <= 64 && n == 1 ? 2 : 1;
+}
 
 template <int P, int D, int N>
 MIMNET_FAST_KERNEL(kThreads, most_blocks(P, D, N))
@@ -232,7 +221,7 @@ route_users_tensor(RoutingLaunch args) {
   for (int64_t b = block_index() * p.users + warp; b < x.size[0]; b += grid_blocks() * p.users) {
     RoutedUser<R, N> user;
     route_user(
-        p, s.options, weight, s.inputs, s.back, b, user,
+        p, weight, s, b, user,
         [&](int start, int count, int padded) {
           load_planes(s.inputs, x, b * x.stride[0] + start * x.stride[1], count, padded, D,
                       x.stride[1], x.stride[2], thread_index() % kWarp, kWarp);
@@ -289,6 +278,9 @@ route_users_backward_tensor(RoutingLaunch args) {
   const View &saved = args.pooled, &given = args.grad, &coupling = args.coupling;
   Stored<P>* grad_inputs = static_cast<Stored<P>*>(args.grad_inputs.data);
   const int warp = thread_index() / kWarp;
+  if (warp >= p.users) return;
+  Arena arena(shared_memory() + shared.bytes() + warp * args.warp_bytes);
+  const ParkedState<R, N> parking(arena);
   for (int64_t b = block_index() * p.users + warp; b < args.inputs.size[0];
        b += grid_blocks() * p.users) {
     float pooled[R][N][4] = {}, grad[R][N][4] = {};
@@ -302,7 +294,7 @@ route_users_backward_tensor(RoutingLaunch args) {
     });
     if (args.final_squash) {
       float capsules[R][N][4], norm2[N][2], dot[N][2], along[N][2];
-      times_weight<false>(p, weight, pooled, capsules);
+      times_weight<false>(p, weight, parking, pooled, capsules);
       dot_columns(capsules, capsules, norm2);
       dot_columns(capsules, grad, dot);
       scale_columns(grad, [&](int n, int j) {
@@ -321,7 +313,7 @@ route_users_backward_tensor(RoutingLaunch args) {
     });
     if (!args.grad_inputs) continue;
     float grad_pooled[R][N][4];
-    times_weight<true>(p, weight, grad, grad_pooled);
+    times_weight<true>(p, weight, parking, grad, grad_pooled);
     // Capsules are what this product sums over, so that the state is an operand as it stands.
     uint32_t right[2 * R][Q][2] = {};
 #pragma unroll
@@ -465,20 +457,14 @@ int64_t blocks_of(const RoutingLaunch& args) {
 
 // Starts as many blocks as fit on the device, for warps that take users in turn.
 void launch_users(void (*kernel)(RoutingLaunch), const Stream& stream, const RoutingLaunch& args,
-                  int warps, int64_t bytes, int most_per_multiprocessor) {
+                  int64_t bytes, int most_per_multiprocessor) {
+  constexpr int least_warps = 4;      // to load the weight
   constexpr int64_t reserved = 1024;  // bytes of shared memory that a block takes besides its own
   const DeviceLimits device = device_limits();
   const int64_t fit = (device.shared_memory + reserved) / (bytes + reserved);
   const int64_t per_multiprocessor = std::min<int64_t>(fit, most_per_multiprocessor);
   const int64_t blocks = std::min(blocks_of(args), per_multiprocessor * device.multiprocessors);
-  launch(kernel, blocks, warps * kWarp, bytes, stream, args);
-}
-
-template <int P, int D>
-int64_t weight_bytes(const RoutingPlan& p) {
-  Arena arena(nullptr);
-  Planes<P, D>(arena, p.matrices * D, D);
-  return arena.bytes();
+  launch(kernel, blocks, std::max(args.plan.users, least_warps) * kWarp, bytes, stream, args);
 }
 
 // body(planes, D, eights of capsules) for shapes that tensor cores serve, if this is one.
@@ -512,21 +498,32 @@ bool with_tensor_shape(const RoutingPlan& p, DType dtype, F body) {
   }
 }
 
-// Starts a kernel in which warps take users in turn; false where the device has too little shared
-// memory.
+template <int P, int D>
+int64_t weight_bytes(const RoutingPlan& p) {
+  Arena arena(nullptr);
+  Planes<P, D>(arena, p.matrices * D, D);
+  return arena.bytes();
+}
+
+// Users of a block, one for each of its warps, when the batch is dealt to all multiprocessors.
+int share_of_block(int64_t batch, const DeviceLimits& device) {
+  const int64_t share = (batch + device.multiprocessors - 1) / device.multiprocessors;
+  return int(std::clamp<int64_t>(share, 1, kThreads / kWarp));
+}
+
+// Both return false where the device has too little shared memory.
+
 template <int P, int D, int N>
 bool launch_forward_tensor(const Stream& stream, RoutingLaunch args) {
   RoutingPlan& p = args.plan;
   const DeviceLimits device = device_limits();
-  const int64_t batch = args.inputs.size[0];
   const auto warp_bytes = [&] {
     Arena arena(nullptr);
     RoutingWarp<P, D / 16, N>(p, arena);
     return arena.bytes();
   };
   const auto bytes = [&](int users) { return weight_bytes<P, D>(p) + users * warp_bytes(); };
-  const int64_t share = round_up(batch, device.multiprocessors) / device.multiprocessors;
-  p.users = int(std::clamp<int64_t>(share, 1, kThreads / kWarp));
+  p.users = share_of_block(args.inputs.size[0], device);
   p.positions = int(round_up(p.length, 16));
   // Rather a history in tiles than a multiprocessor with less than four warps.
   while (p.positions > 16 && bytes(std::min(p.users, 4)) > device.shared_memory) {
@@ -535,18 +532,21 @@ bool launch_forward_tensor(const Stream& stream, RoutingLaunch args) {
   while (p.users > 1 && bytes(p.users) > device.shared_memory) --p.users;
   if (bytes(p.users) > device.shared_memory) return false;
   args.warp_bytes = warp_bytes();
-  launch_users(route_users_tensor<P, D, N>, stream, args, std::max(p.users, 4), bytes(p.users),
-               most_blocks(P, D, N));
+  launch_users(route_users_tensor<P, D, N>, stream, args, bytes(p.users), most_blocks(P, D, N));
   return true;
 }
 
 template <int P, int D, int N>
 bool launch_backward_tensor(const Stream& stream, RoutingLaunch args) {
-  args.plan.users = kThreads / kWarp;
-  const int64_t bytes = weight_bytes<P, D>(args.plan);
-  if (bytes > device_limits().shared_memory) return false;
-  launch_users(route_users_backward_tensor<P, D, N>, stream, args, args.plan.users, bytes,
-               most_blocks(P, D, N));
+  RoutingPlan& p = args.plan;
+  const DeviceLimits device = device_limits();
+  Arena arena(nullptr);
+  ParkedState<D / 16, N>{arena};
+  args.warp_bytes = arena.bytes();
+  p.users = share_of_block(args.inputs.size[0], device);
+  const int64_t bytes = weight_bytes<P, D>(p) + p.users * args.warp_bytes;
+  if (bytes > device.shared_memory) return false;
+  launch_users(route_users_backward_tensor<P, D, N>, stream, args, bytes, most_blocks(P, D, N));
   return true;
 }
 

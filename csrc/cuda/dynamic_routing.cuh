@@ -367,6 +367,17 @@ MIMNET_FAST_DEVICE void route(const RoutingPlan& p, const RoutingState& s, int64
 // The same for one user by a warp on tensor cores, where D_in = D = 16 R and K <= 8 N. Capsules are
 // the columns of its state (tensor.cuh), of which a lane holds two in each eight: [n][j], j < 2.
 
+// What a warp holds in shared memory for its user.
+template <int P, int R, int N>
+struct RoutingWarp {
+  Planes<P, 16 * R> inputs;
+  RoutingOptions options;
+  ParkedState<R, N> back, parking;
+
+  MIMNET_FAST_INLINE RoutingWarp(const RoutingPlan& p, Arena& arena)
+      : inputs(arena, p.positions, 16 * R), options(p, 1, arena), back(arena), parking(arena) {}
+};
+
 template <int R, int N>
 struct RoutedUser {
   float pooled[R][N][4];
@@ -427,23 +438,22 @@ MIMNET_FAST_DEVICE void couple_inputs(const float (&kept)[2], float (&c)[1][N][4
 // out = x through the weight or its transpose, or x itself without one.
 template <bool kTransposed, int P, int R, int N>
 MIMNET_FAST_DEVICE void times_weight(const RoutingPlan& p, const Planes<P, 16 * R>& weight,
-                                     const float (&x)[R][N][4], float (&out)[R][N][4]) {
+                                     const ParkedState<R, N>& parking, const float (&x)[R][N][4],
+                                     float (&out)[R][N][4]) {
   const bool copied = p.matrices == 0;
   for_each_element<R, N>([&](int m, int n, int i) { out[m][n][i] = copied ? x[m][n][i] : 0.0f; });
   if (copied) return;
-  uint32_t operand[R][N][kStatePlanes<P>][2];
-  as_operand(x, operand);
-  multiply<!kTransposed>(out, weight, 0, 0, operand);
+  parking.park(x);
+  multiply<!kTransposed>(out, weight, 0, 0, parking);
 }
 
 // All passes. `load(start, count, padded)` puts the inputs of positions into shared memory and
 // zeros after them; `last(position, k, value)` gets what it gets in `route`, from the lane that
 // holds it.
 template <int P, int R, int N, class Load, class Last>
-MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& options,
-                                   const Planes<P, 16 * R>& weight, const Planes<P, 16 * R>& inputs,
-                                   float* back, int64_t number, RoutedUser<R, N>& user, Load load,
-                                   Last last) {
+MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const Planes<P, 16 * R>& weight,
+                                   const RoutingWarp<P, R, N>& s, int64_t number,
+                                   RoutedUser<R, N>& user, Load load, Last last) {
   constexpr int Q = kStatePlanes<P>;
   const bool over_inputs = p.axis == SoftmaxAxis::inputs;
   uint32_t operand[R][N][Q][2];
@@ -460,18 +470,18 @@ MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& o
       if (step == 1 || p.positions < p.length) {
         sync_warp();  // until nobody reads the tile before
         load(start, count, (count + 15) / 16 * 16);
-        load_routing_options(p, options, number, 1, start, count, thread_index() % kWarp, kWarp);
+        load_routing_options(p, s.options, number, 1, start, count, thread_index() % kWarp, kWarp);
         sync_warp();
       }
 #pragma unroll 1
       for (int row = 0; row < count; row += 16) {
         float c[1][N][4] = {};
-        if (step > 1) multiply<false>(c, inputs, row, 0, operand);
+        if (step > 1) multiply<false>(c, s.inputs, row, 0, operand);
         float keep[2], kept[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int l = row + state_row(2 * half);
-          keep[half] = l < count ? options.keep[l] : 0.0f;
+          keep[half] = l < count ? s.options.keep[l] : 0.0f;
           kept[half] = l < count ? kept_coupling(p, keep[half]) : 0.0f;
         }
         const auto put = [&](int n, int i, float value) {
@@ -480,7 +490,7 @@ MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& o
         };
         for_each_element<1, N>([&](int, int n, int i) {
           const int l = row + state_row(i), k = 8 * n + state_column(i);
-          const float first = l < count && k < p.capsules ? options.logits(k, l) : 0.0f;
+          const float first = l < count && k < p.capsules ? s.options.logits(k, l) : 0.0f;
           float& x = c[0][n][i];
           x = l < count ? routing_logit(p, first + x, keep[i / 2] > 0) : kRemoved;
           if (over_inputs) put(n, i, kept[i / 2] > 0 ? x : kRemoved);
@@ -488,12 +498,12 @@ MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& o
         if (over_inputs) {
           couple_inputs(kept, c, user);
         } else {
-          couple_capsules(p, options, kept, c);
+          couple_capsules(p, s.options, kept, c);
           for_each_element<1, N>([&](int, int n, int i) { put(n, i, c[0][n][i]); });
         }
         uint32_t coupling[1][N][Q][2];
         as_operand(c, coupling);
-        multiply<true>(user.pooled, inputs, row, 0, coupling);
+        multiply<true>(user.pooled, s.inputs, row, 0, coupling);
       }
     }
     if (over_inputs) {
@@ -503,11 +513,11 @@ MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& o
         for (int j = 0; j < 2; ++j) user.sum[n][j] = sum_rows(user.sum[n][j]);
       }
       scale_columns(user.pooled, [&](int n, int j) {
-        const bool present = is_present(p, options, 8 * n + state_column(j));
+        const bool present = is_present(p, s.options, 8 * n + state_column(j));
         return coupling_scale(user.sum[n][j], present ? 1.0f : 0.0f);
       });
     }
-    times_weight<false>(p, weight, user.pooled, user.capsules);
+    times_weight<false>(p, weight, s.parking, user.pooled, user.capsules);
     if (is_last) return;
     if (p.inner_squash) {
       float norm2[N][2];
@@ -516,12 +526,11 @@ MIMNET_FAST_DEVICE void route_user(const RoutingPlan& p, const RoutingOptions& o
                     [&](int n, int j) { return squash_factor(norm2[n][j], p.squash).factor; });
     }
     float update[R][N][4];
-    times_weight<true>(p, weight, user.capsules, update);
+    times_weight<true>(p, weight, s.parking, user.capsules, update);
     for_each_element<R, N>([&](int m, int n, int i) {
-      float& sum = back[((m * N + n) * 4 + i) * kWarp + thread_index() % kWarp];
-      sum = step == 1 ? update[m][n][i] : sum + update[m][n][i];
-      update[m][n][i] = sum;
+      if (step > 1) update[m][n][i] += s.back(m, n, i);
     });
+    s.back.park(update);
     as_operand(update, operand);
   }
 }

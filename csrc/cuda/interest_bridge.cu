@@ -9,26 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Views of users and interests are [B, K, columns], or [B, 1, columns] for one row per user; rows
-// are numbered through both dimensions.
-struct BridgeLaunch {
-  View interests, source, out, grad, grad_interests, grad_source;
-  BridgeWeights weights;
-  BridgeRows rows;  // null: not to be written
-  int64_t users;
-  int per_user;  // interests
-};
-
-MIMNET_FAST_INLINE int64_t row_offset(const View& v, int64_t row) {
-  return row / v.size[1] * v.stride[0] + row % v.size[1] * v.stride[1];
-}
-
-// Whether rows are a fixed number of elements apart.
-MIMNET_FAST_INLINE bool evenly_spaced(const View& v) {
-  return v.size[1] == 1 || v.size[0] == 1 || v.stride[0] == v.size[1] * v.stride[1];
-}
-MIMNET_FAST_INLINE int64_t spacing(const View& v) { return v.stride[v.size[1] == 1 ? 0 : 1]; }
-
 // put(i, j, value) of some columns of some rows
 template <class Put>
 MIMNET_FAST_DEVICE void read_rows(const View& v, int64_t first, int rows, int first_column,
@@ -41,10 +21,6 @@ MIMNET_FAST_DEVICE void read_rows(const View& v, int64_t first, int rows, int fi
     const int i = e / columns, j = first_column + e % columns;
     put(i, e % columns, read(v, row_offset(v, first + i) + j * v.stride[2]));
   }
-}
-
-MIMNET_FAST_DEVICE void save(const Rows& rows, int64_t row, int column, float value) {
-  if (rows.data) store(rows.data + row * rows.stride + column, value);
 }
 
 template <int D, int U>
@@ -256,13 +232,16 @@ void bridge_sums(OuterSum (&sums)[kBridgeSums], const BridgeRows& rows,
   sums[3] = transfer(rows.hidden.data + hidden, 1, gradients.b2);
 }
 
-void interest_bridge(const BridgeArgs& call) { run(arguments(call), call.execution.stream); }
+void interest_bridge(const BridgeArgs& call) {
+  const BridgeLaunch args = arguments(call);
+  tensor_cores_serve(args) ? tensor_bridge(args, call.execution.stream)
+                           : run(args, call.execution.stream);
+}
 
 void interest_bridge_backward(const BridgeArgs& call) {
   const Stream& stream = call.execution.stream;
   BridgeLaunch args = arguments(call);
-  const BridgeWeights gradients{call.grad_w1, call.grad_b1, call.grad_w2, call.grad_b2};
-  if (!gradients.w1 && !gradients.b1 && !gradients.w2 && !gradients.b2) return run(args, stream);
+  BridgeWeights gradients{call.grad_w1, call.grad_b1, call.grad_w2, call.grad_b2};
   const int64_t count = args.users * args.per_user, hidden = call.w1.size[0];
   BridgeRows rows;
   rows.source = rows_of(args.source, stream, args.rows.source);
@@ -270,7 +249,12 @@ void interest_bridge_backward(const BridgeArgs& call) {
   rows.grad = rows_of(args.grad, stream, args.rows.grad);
   rows.hidden = args.rows.hidden = new_rows(stream, count, hidden + 1);
   rows.hidden_grad = args.rows.hidden_grad = new_rows(stream, count, hidden);
-  run(args, stream);
+  if (tensor_cores_serve(args)) {
+    tensor_bridge_backward(args, rows, gradients.w2, stream);
+    gradients.w2 = {};
+  } else {
+    run(args, stream);
+  }
   OuterSum sums[kBridgeSums];
   bridge_sums(sums, rows, gradients, args.weights, args.users, args.per_user, args.source.size[2]);
   outer_sums(stream, sums, kBridgeSums);

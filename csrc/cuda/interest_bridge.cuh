@@ -274,4 +274,35 @@ void bridge_sums(OuterSum (&sums)[kBridgeSums], const BridgeRows& rows,
                  const BridgeWeights& gradients, const BridgeWeights& weights, int64_t users,
                  int interests, int64_t d_source);
 
+// A call of the op. Views of users and interests are [B, K, columns], or [B, 1, columns] for one
+// row per user; rows are numbered through both dimensions.
+struct BridgeLaunch {
+  View interests, source, out, grad, grad_interests, grad_source;
+  BridgeWeights weights;
+  BridgeRows rows;  // null: not to be written
+  int64_t users;
+  int per_user;  // interests
+};
+
+MIMNET_FAST_INLINE int64_t row_offset(const View& v, int64_t row) {
+  return row / v.size[1] * v.stride[0] + row % v.size[1] * v.stride[1];
+}
+// Whether rows are a fixed number of elements apart, and that number.
+MIMNET_FAST_INLINE bool evenly_spaced(const View& v) {
+  return v.size[1] == 1 || v.size[0] == 1 || v.stride[0] == v.size[1] * v.stride[1];
+}
+MIMNET_FAST_INLINE int64_t spacing(const View& v) { return v.stride[v.size[1] == 1 ? 0 : 1]; }
+
+MIMNET_FAST_DEVICE void save(const Rows& rows, int64_t row, int column, float value) {
+  if (rows.data) store(rows.data + row * rows.stride + column, value);
+}
+
+// The same on tensor cores, for one width of interests, source and output.
+bool tensor_cores_serve(const BridgeLaunch& args);
+void tensor_bridge(const BridgeLaunch& args, const Stream& stream);
+// `rows` are complete, those of args only what is to be written. Leaves the gradient of w2 and the
+// rows.
+void tensor_bridge_backward(const BridgeLaunch& args, const BridgeRows& rows, const View& grad_w2,
+                            const Stream& stream);
+
 }  // namespace mimnet_fast::cuda

@@ -18,6 +18,8 @@ namespace mimnet_fast::cuda {
 #define MIMNET_FAST_DEVICE __device__ __forceinline__
 // At most `threads` per block, of which `blocks` shall fit on a multiprocessor.
 #define MIMNET_FAST_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// Of a kernel's arguments: they stay where the launch put them.
+#define MIMNET_FAST_ARGUMENTS const __grid_constant__
 
 constexpr int kWarp = 32;
 

@@ -20,8 +20,7 @@ struct MultiGranularityAttention {
     const AttentionState s(p, arena, false);
     const AttentionTile tile = attention_tile(p, block_index() / p.candidate_tiles,
                                               int(block_index() % p.candidate_tiles));
-    load_weights(p, s);
-    load_keys(p, s, tile);
+    stage<P>(p, s, tile);
     load_queries(p, s, tile);
     sync_block();
     open_gate<D, false>(p, gate_plan, s, tile,
@@ -40,11 +39,10 @@ struct MultiGranularityAttention {
     const AttentionPlan& p = plan;
     Arena arena(shared_memory());
     const AttentionState s(p, arena, true);
-    load_weights(p, s);
     for (int t = 0; t < p.candidate_tiles; ++t) {
       const AttentionTile tile = attention_tile(p, block_index(), t);
       const int rows = tile.rows();
-      if (t == 0) load_keys(p, s, tile);
+      if (t == 0) stage<P>(p, s, tile);
       load_queries(p, s, tile);
       load_grad(p, s, tile);
       sync_block();

@@ -133,8 +133,7 @@ struct TargetAttention {
     const AttentionState s(p, arena, false);
     const AttentionTile tile = attention_tile(p, block_index() / p.candidate_tiles,
                                               int(block_index() % p.candidate_tiles));
-    load_weights(p, s);
-    load_keys(p, s, tile);
+    stage<P>(p, s, tile);
     load_queries(p, s, tile);
     share_alike(s, tile);
     sync_block();
@@ -156,10 +155,9 @@ struct TargetAttention {
     const AttentionPlan& p = plan;
     Arena arena(shared_memory());
     const AttentionState s(p, arena, true);
-    load_weights(p, s);
     for (int t = 0; t < p.candidate_tiles; ++t) {
       const AttentionTile tile = attention_tile(p, block_index(), t);
-      if (t == 0) load_keys(p, s, tile);
+      if (t == 0) stage<P>(p, s, tile);
       load_queries(p, s, tile);
       load_grad(p, s, tile);
       share_alike(s, tile);

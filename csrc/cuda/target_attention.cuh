@@ -169,25 +169,22 @@ MIMNET_FAST_DEVICE void save_shares(const AttentionPlan& p, const AttentionState
 template <class Put>
 MIMNET_FAST_DEVICE void load_rows(const AttentionPlan& p, const AttentionTile& tile, const View& v,
                                   Put put) {
+  const bool single = tile.candidates == 1;
   const int64_t start = tile.user * v.stride[0] + tile.first_candidate * v.stride[1];
-  if (tile.candidates == 1) {
-    read_matrix(v, start, tile.users, p.d, v.stride[0], v.stride[2], put);
-  } else {
-    for (int u = 0; u < tile.users; ++u) {
-      read_matrix(v, start + u * v.stride[0], tile.candidates, p.d, v.stride[1], v.stride[2],
-                  [&](int c, int d, float value) { put(u * tile.candidates + c, d, value); });
-    }
+  for (int u = 0; u < (single ? 1 : tile.users); ++u) {
+    read_matrix(v, start + u * v.stride[0], single ? tile.users : tile.candidates, p.d,
+                v.stride[single ? 0 : 1], v.stride[2],
+                [&](int i, int d, float value) { put(u * tile.candidates + i, d, value); });
   }
 }
 
 MIMNET_FAST_DEVICE void load_queries(const AttentionPlan& p, const AttentionState& s,
                                      const AttentionTile& tile) {
   for (int h = 0; h < p.heads; ++h) {
-    load_rows(p, tile, p.query[h], [&](int row, int d, float value) {
-      s.query(h * tile.rows() + row, d) = value;
-      if (p.rows.query) {
-        store(p.rows.query + saved_row(p, tile, h * tile.rows() + row) * p.d + d, value);
-      }
+    load_rows(p, tile, p.query[h], [&](int i, int d, float value) {
+      const int row = h * tile.rows() + i;
+      s.query(row, d) = value;
+      if (p.rows.query) store(p.rows.query + saved_row(p, tile, row) * p.d + d, value);
     });
   }
 }
@@ -200,31 +197,37 @@ MIMNET_FAST_DEVICE void load_grad(const AttentionPlan& p, const AttentionState& 
   });
 }
 
-MIMNET_FAST_DEVICE void load_weights(const AttentionPlan& p, const AttentionState& s) {
-  const auto load_weight = [&](const Tile& to, int h, const View& w) {
+MIMNET_FAST_DEVICE void stage_weights(const AttentionPlan& p, const AttentionState& s) {
+  const auto stage_weight = [&](const Tile& to, int h, const View& w) {
     if (to.data == nullptr) return;
     read_matrix(w, 0, p.d, p.d, w.stride[0], w.stride[1],
                 [&](int i, int j, float value) { to(h * p.d + i, j) = value; });
   };
   for (int h = 0; h < p.heads; ++h) {
-    load_weight(s.key, h, p.weights[h].key_weight);
-    load_weight(s.value, h, p.weights[h].value_weight);
+    stage_weight(s.key, h, p.weights[h].key_weight);
+    stage_weight(s.value, h, p.weights[h].value_weight);
   }
 }
 
-MIMNET_FAST_DEVICE void load_keys(const AttentionPlan& p, const AttentionState& s,
-                                  const AttentionTile& tile) {
+MIMNET_FAST_DEVICE void stage_keys(const AttentionPlan& p, const AttentionState& s,
+                                   const AttentionTile& tile) {
   if (s.keys.data == nullptr) return;
   const View& v = p.keys;
-  const auto put = [&](int row, int d, float value) { s.keys(row, d) = value; };
-  if (v.stride[0] == p.interests * v.stride[1]) {
-    read_matrix(v, tile.user * v.stride[0], tile.users * p.interests, p.d, v.stride[1], v.stride[2],
-                put);
-  } else {
-    for (int u = 0; u < tile.users; ++u) {
-      read_matrix(v, (tile.user + u) * v.stride[0], p.interests, p.d, v.stride[1], v.stride[2],
-                  [&](int k, int d, float value) { put(u * p.interests + k, d, value); });
-    }
+  const bool even = v.stride[0] == p.interests * v.stride[1];  // one matrix for all users
+  for (int u = 0; u < (even ? 1 : tile.users); ++u) {
+    read_matrix(v, (tile.user + u) * v.stride[0], (even ? tile.users : 1) * p.interests, p.d,
+                v.stride[1], v.stride[2],
+                [&](int i, int d, float value) { s.keys(u * p.interests + i, d) = value; });
+  }
+}
+
+// What stays for all candidates of the users; tensor cores take it from global memory.
+template <int P>
+MIMNET_FAST_DEVICE void stage(const AttentionPlan& p, const AttentionState& s,
+                              const AttentionTile& tile) {
+  if constexpr (P == 0) {
+    stage_weights(p, s);
+    stage_keys(p, s, tile);
   }
 }
 
@@ -236,9 +239,6 @@ struct Projection {
   Tile staged;
 };
 
-template <int P>
-using Storage = std::conditional_t<P == 1, BFloat16, std::conditional_t<P == 2, Float16, float>>;
-
 // Outputs of a thread along each side of a small product.
 template <int D>
 constexpr int kAttentionMicroTile = D == 0 || D >= 32 ? 2 : 1;
@@ -248,7 +248,7 @@ constexpr int kAttentionMicroTile = D == 0 || D >= 32 ? 2 : 1;
 template <int P>
 MIMNET_FAST_DEVICE void weight_fragment(const View& w, int row, int column, int64_t row_stride,
                                         int64_t column_stride, uint32_t (&a)[P][4]) {
-  const auto* data = static_cast<const Storage<P>*>(w.data);
+  const auto* data = static_cast<const Stored<P>*>(w.data);
   const int lane = thread_index() % kWarp;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -552,12 +552,19 @@ MIMNET_FAST_DEVICE void attend(const AttentionPlan& p, const AttentionState& s,
     const int u = in_head / tile.candidates, c = in_head % tile.candidates;
     const View &keys = p.keys, &mask = p.capsule_mask, &more = p.grad_coefficients;
     const int64_t from = (tile.user + u) * keys.stride[0];
+    // Of another kernel's making they may be float32 next to narrower weights.
+    const bool floats = P == 3 || keys.dtype == DType::float32;
+    const int64_t bytes = floats ? 4 : 2;
+    const char* own = static_cast<const char*>(keys.data) + from * bytes;
+    const int64_t to_next = keys.stride[1] * bytes, step = keys.stride[2] * bytes;
     const auto interest = [&](int k, int j) {
-      const int64_t at = from + k * keys.stride[1] + j * keys.stride[2];
-      if constexpr (P > 0) {
-        return widen(load(static_cast<const Storage<P>*>(keys.data) + at));
+      if constexpr (P == 0) {
+        return s.keys.data ? s.keys(u * p.interests + k, j)
+                           : read(keys, from + k * keys.stride[1] + j * keys.stride[2]);
       } else {
-        return s.keys.data ? s.keys(u * p.interests + k, j) : read(keys, at);
+        const char* address = own + k * to_next + j * step;
+        return floats ? load(reinterpret_cast<const float*>(address))
+                      : widen(load(reinterpret_cast<const Stored<P>*>(address)));
       }
     };
     score_row<D, kBackward>(p, s, row, lane, valid, interest);
@@ -662,6 +669,10 @@ auto attention_kernel_for(DType dtype) {
 
 template <bool kBackward, class Attention>
 auto attention_kernel_for(const AttentionPlan& p) {
+  const AttentionWeights& w = p.weights[0];
+  const DType dtype = w.key_weight     ? w.key_weight.dtype
+                      : w.value_weight ? w.value_weight.dtype
+                                       : p.keys.dtype;
   switch (p.d) {
     case 8:
       return attention_kernel<kBackward, 8, Attention>;
@@ -670,11 +681,11 @@ auto attention_kernel_for(const AttentionPlan& p) {
     case 16:
       return attention_kernel<kBackward, 16, Attention>;
     case 32:
-      return attention_kernel_for<kBackward, 32, Attention>(p.keys.dtype);
+      return attention_kernel_for<kBackward, 32, Attention>(dtype);
     case 64:
-      return attention_kernel_for<kBackward, 64, Attention>(p.keys.dtype);
+      return attention_kernel_for<kBackward, 64, Attention>(dtype);
     case 128:
-      return attention_kernel_for<kBackward, 128, Attention>(p.keys.dtype);
+      return attention_kernel_for<kBackward, 128, Attention>(dtype);
     default:
       return attention_kernel<kBackward, 0, Attention>;
   }

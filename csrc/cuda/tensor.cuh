@@ -282,4 +282,37 @@ MIMNET_FAST_DEVICE void multiply(float (&out)[M][N][4], const Planes<P, kColumns
   }
 }
 
+// State that waits in shared memory, each value for its own lane: a loop over its rows need not be
+// unrolled, which saves registers.
+template <int M, int N>
+class ParkedState {
+ public:
+  explicit MIMNET_FAST_INLINE ParkedState(Arena& arena) : data_(arena.floats(4 * M * N * kWarp)) {}
+
+  MIMNET_FAST_DEVICE float& operator()(int m, int n, int i) const {
+    return data_[((m * N + n) * 4 + i) * kWarp + thread_index() % kWarp];
+  }
+  MIMNET_FAST_DEVICE void park(const float (&state)[M][N][4]) const {
+    for_each_element<M, N>([&](int m, int n, int i) { (*this)(m, n, i) = state[m][n][i]; });
+  }
+
+ private:
+  float* data_;
+};
+
+// out += A b as above, for parked state b.
+template <bool kTransposed, int M, int N, int K, int P, int kColumns>
+MIMNET_FAST_DEVICE void multiply(float (&out)[M][N][4], const Planes<P, kColumns>& planes, int row,
+                                 int column, const ParkedState<K, N>& state) {
+#pragma unroll 1
+  for (int k = 0; k < K; ++k) {
+    float rows[1][N][4];
+    for_each_element<1, N>([&](int, int n, int i) { rows[0][n][i] = state(k, n, i); });
+    uint32_t b[1][N][kStatePlanes<P>][2];
+    as_operand(rows, b);
+    multiply<kTransposed>(out, planes, row + (kTransposed ? 16 * k : 0),
+                          column + (kTransposed ? 0 : 16 * k), b);
+  }
+}
+
 }  // namespace mimnet_fast::cuda

@@ -24,9 +24,15 @@ struct Task {
   int tile, parts;
 };
 
-struct Tasks {
+struct Addition {
+  PartialSum sum;
+  int first_block;
+};
+
+template <class T>
+struct List {
   int count;
-  Task task[kMostTasks];
+  T of[kMostTasks];
 };
 
 struct alignas(16) Quad {
@@ -36,18 +42,17 @@ struct alignas(16) Quad {
 MIMNET_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 MIMNET_FAST_INLINE int tiles_along(int size, int tile) { return (size + tile - 1) / tile; }
 
-// The task of a block, and the block's number within it.
-MIMNET_FAST_DEVICE const Task& task_of(const Tasks& tasks, int64_t& block) {
+// The part of the list that a block works on, and the block's number within it.
+template <class T>
+MIMNET_FAST_DEVICE const T& own_part(const List<T>& list, int64_t& block) {
   int t = 0;
-  while (t + 1 < tasks.count && block >= tasks.task[t + 1].first_block) ++t;
-  block -= tasks.task[t].first_block;
-  return tasks.task[t];
+  while (t + 1 < list.count && block >= list.of[t + 1].first_block) ++t;
+  block -= list.of[t].first_block;
+  return list.of[t];
 }
 
-MIMNET_FAST_DEVICE void write_sum(const OuterSum& sum, int i, int j, float value) {
-  const int64_t offset =
-      sum.out.dims == 2 ? i * sum.out.stride[0] + j * sum.out.stride[1] : j * sum.out.stride[0];
-  write(sum.out, offset, value);
+MIMNET_FAST_DEVICE void write_sum(const View& out, int64_t i, int j, float value) {
+  write(out, out.dims == 2 ? i * out.stride[0] + j * out.stride[1] : j * out.stride[0], value);
 }
 
 MIMNET_FAST_DEVICE void stage(float* to, int to_stride, const float* from, int64_t from_stride,
@@ -75,9 +80,9 @@ MIMNET_FAST_DEVICE void stage_products(float* to, int to_stride, const OuterSum&
   }
 }
 
-MIMNET_FAST_KERNEL(kThreads, 2) outer_sum_tiles(Tasks tasks) {
+MIMNET_FAST_KERNEL(kThreads, 2) outer_sum_tiles(List<Task> tasks) {
   int64_t block = block_index();
-  const Task& task = task_of(tasks, block);
+  const Task& task = own_part(tasks, block);
   const OuterSum& sum = task.sum;
   const int part = int(block) % task.parts, tile = int(block) / task.parts;
   const int across = tiles_along(sum.n, task.tile);
@@ -143,20 +148,20 @@ MIMNET_FAST_KERNEL(kThreads, 2) outer_sum_tiles(Tasks tasks) {
     if (task.partial) {
       store(task.partial + (int64_t(part) * sum.m + first_i + i) * sum.n + first_j + j, value);
     } else {
-      write_sum(sum, first_i + i, first_j + j, value);
+      write_sum(sum.out, first_i + i, first_j + j, value);
     }
   }
 }
 
-MIMNET_FAST_KERNEL(kThreads, 4) outer_sum_parts(Tasks tasks) {
+MIMNET_FAST_KERNEL(kThreads, 4) add_partial_sums(List<Addition> additions) {
   int64_t block = block_index();
-  const Task& task = task_of(tasks, block);
-  const int64_t e = block * kThreads + thread_index(), entries = int64_t(task.sum.m) * task.sum.n;
+  const PartialSum& sum = own_part(additions, block).sum;
+  const int64_t e = block * kThreads + thread_index(), entries = sum.m * sum.n;
   if (e >= entries) return;
   float value = 0;
 #pragma unroll 8
-  for (int part = 0; part < task.parts; ++part) value += load(task.partial + part * entries + e);
-  write_sum(task.sum, int(e / task.sum.n), int(e % task.sum.n), value);
+  for (int part = 0; part < sum.parts; ++part) value += load(sum.partial + part * entries + e);
+  write_sum(sum.out, e / sum.n, int(e % sum.n), value);
 }
 
 // How a sum is cut. A tile stays with one block up to as many rows as take a few microseconds.
@@ -171,45 +176,52 @@ Task plan(const OuterSum& sum, int multiprocessors) {
   return task;
 }
 
-void run(const Stream& stream, Tasks& tasks) {
+void run(const Stream& stream, List<Task>& tasks) {
   int blocks = 0;
   int64_t partial = 0;
   for (int t = 0; t < tasks.count; ++t) {
-    Task& task = tasks.task[t];
+    Task& task = tasks.of[t];
     task.first_block = blocks;
     blocks += tiles_along(task.sum.m, task.tile) * tiles_along(task.sum.n, task.tile) * task.parts;
     if (task.parts > 1) partial += int64_t(task.parts) * task.sum.m * task.sum.n;
   }
   float* memory =
       partial ? static_cast<float*>(stream.allocate(stream.owner, 4 * partial)) : nullptr;
-  Tasks shared{};  // those whose parts remain to be added
-  int shared_blocks = 0;
+  PartialSum shared[kMostTasks];
+  int count = 0;
   for (int t = 0; t < tasks.count; ++t) {
-    Task& task = tasks.task[t];
+    Task& task = tasks.of[t];
     if (task.parts == 1) continue;
-    const int64_t entries = int64_t(task.sum.m) * task.sum.n;
     task.partial = memory;
-    memory += task.parts * entries;
-    Task& rest = shared.task[shared.count++] = task;
-    rest.first_block = shared_blocks;
-    shared_blocks += int((entries + kThreads - 1) / kThreads);
+    memory += int64_t(task.parts) * task.sum.m * task.sum.n;
+    shared[count++] = {task.partial, task.parts, task.sum.m, task.sum.n, task.sum.out};
   }
   launch(outer_sum_tiles, blocks, kThreads, kStaged * 4, stream, tasks);
-  launch(outer_sum_parts, shared_blocks, kThreads, 0, stream, shared);
+  add_parts(stream, shared, count);
 }
 
 }  // namespace
 
 void outer_sums(const Stream& stream, const OuterSum* sums, int count) {
   const int multiprocessors = device_limits().multiprocessors;
-  Tasks tasks{};
+  List<Task> tasks{};
   for (int s = 0; s < count; ++s) {
-    if (sums[s].out) tasks.task[tasks.count++] = plan(sums[s], multiprocessors);
+    if (sums[s].out) tasks.of[tasks.count++] = plan(sums[s], multiprocessors);
     if (tasks.count == kMostTasks || (s + 1 == count && tasks.count > 0)) {
       run(stream, tasks);
       tasks.count = 0;
     }
   }
+}
+
+void add_parts(const Stream& stream, const PartialSum* sums, int count) {
+  List<Addition> additions{};
+  int64_t blocks = 0;
+  for (int s = 0; s < count; ++s) {
+    additions.of[additions.count++] = {sums[s], int(blocks)};
+    blocks += (sums[s].m * sums[s].n + kThreads - 1) / kThreads;
+  }
+  launch(add_partial_sums, blocks, kThreads, 0, stream, additions);
 }
 
 }  // namespace mimnet_fast::cuda

@@ -27,4 +27,16 @@ struct OuterSum {
 // sum.
 void outer_sums(const Stream& stream, const OuterSum* sums, int count);
 
+// out[m, n] = sum over p < parts of partial[p, m, n], in this order
+struct PartialSum {
+  const float* partial;
+  int parts;
+  int64_t m;
+  int n;
+  View out;  // [m, n], or [n] with m = 1
+};
+
+// One launch for all of them (up to 20).
+void add_parts(const Stream& stream, const PartialSum* sums, int count);
+
 }  // namespace mimnet_fast::cuda

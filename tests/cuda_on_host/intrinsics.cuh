@@ -16,6 +16,7 @@
 namespace mimnet_fast::cuda {
 
 #define MIMNET_FAST_DEVICE inline
+#define MIMNET_FAST_ARGUMENTS const
 #define MIMNET_FAST_KERNEL(threads, blocks) void
 
 constexpr int kWarp = host::kLanes;
