@@ -203,6 +203,23 @@ constexpr int most_blocks(int planes, int d, int n) {
   return planes == 1 && d <= 64 && n == 1 ? 2 : 1;
 }
 
+// Elements of a view that is float32 or stored as the P planes are: between the kernels of a whole
+// model capsules are float32 next to narrower weights.
+template <int P>
+MIMNET_FAST_DEVICE float read_as(const View& v, int64_t offset) {
+  return P == 3 || v.dtype == DType::float32
+             ? load(static_cast<const float*>(v.data) + offset)
+             : widen(load(static_cast<const Stored<P>*>(v.data) + offset));
+}
+template <int P>
+MIMNET_FAST_DEVICE void write_as(const View& v, int64_t offset, float value) {
+  if (P == 3 || v.dtype == DType::float32) {
+    store(static_cast<float*>(v.data) + offset, value);
+  } else {
+    store(static_cast<Stored<P>*>(v.data) + offset, narrow<Stored<P>>(value));
+  }
+}
+
 template <int P, int D, int N>
 MIMNET_FAST_KERNEL(kThreads, most_blocks(P, D, N))
 route_users_tensor(RoutingLaunch args) {
@@ -217,7 +234,6 @@ route_users_tensor(RoutingLaunch args) {
   const View& x = args.inputs;
   float* coupling = static_cast<float*>(args.coupling.data);
   float* pooled = static_cast<float*>(args.pooled.data);
-  Stored<P>* out = static_cast<Stored<P>*>(args.out.data);
   for (int64_t b = block_index() * p.users + warp; b < x.size[0]; b += grid_blocks() * p.users) {
     RoutedUser<R, N> user;
     route_user(
@@ -240,7 +256,7 @@ route_users_tensor(RoutingLaunch args) {
       if (k >= p.capsules) return;
       const int64_t place = (b * p.capsules + k) * D + 16 * m + state_row(i);
       store(pooled + place, user.pooled[m][n][i]);
-      store(out + place, narrow<Stored<P>>(user.capsules[m][n][i]));
+      write_as<P>(args.out, place, user.capsules[m][n][i]);
     });
     if (p.axis == SoftmaxAxis::capsules) continue;
     for (int row = 0; row < p.length; row += 16) {
@@ -289,8 +305,8 @@ route_users_backward_tensor(RoutingLaunch args) {
       if (k >= p.capsules) return;
       pooled[m][n][i] = load(static_cast<const float*>(saved.data) + b * saved.stride[0] +
                              k * saved.stride[1] + d * saved.stride[2]);
-      grad[m][n][i] = widen(load(static_cast<const Stored<P>*>(given.data) + b * given.stride[0] +
-                                 k * given.stride[1] + d * given.stride[2]));
+      grad[m][n][i] =
+          read_as<P>(given, b * given.stride[0] + k * given.stride[1] + d * given.stride[2]);
     });
     if (args.final_squash) {
       float capsules[R][N][4], norm2[N][2], dot[N][2], along[N][2];
@@ -482,6 +498,7 @@ bool with_tensor_shape(const RoutingPlan& p, DType dtype, F body) {
   };
   const int columns = (p.capsules + 7) / 8;
   if (p.votes > 1 || p.matrices > 1 || p.d_in != p.d || columns > 2) return false;
+  if (p.weight && p.weight.dtype != dtype) return false;
   switch (p.d + columns) {
     case 32 + 1:
       return with_planes(std::integral_constant<int, 32>(), std::integral_constant<int, 1>());

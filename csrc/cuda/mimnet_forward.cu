@@ -1,9 +1,10 @@
 // Narrow models, D <= 16: one kernel takes a few users through all stages, with everything between
-// the history and the rating in shared memory, and its backward hands rows to one launch for all
-// parameters. Time at these sizes is launches, not arithmetic.
+// the history and the rating in shared memory. So does its backward, which leaves rows for one
+// launch that makes the gradients of all parameters. Time at these sizes is launches, not
+// arithmetic.
 //
-// Wide models, and gradients of embeddings: the stages are the kernels of the other ops, which have
-// tensor cores and tiles of their own, with float32 tensors between them.
+// Wide models: the stages are the kernels of the other ops, which have tensor cores and tiles of
+// their own, with float32 tensors between them.
 #include <algorithm>
 #include <initializer_list>
 
@@ -23,12 +24,14 @@ struct MIMNetLaunch {
   BridgeWeights bridge;
   AttentionPlan attention;
   GatePlan gate;
-  View history, table, source, item, pooled, transferred;
-  View ratings, grad;
+  View history, table, source, item, pooled, transferred, ratings;
+  View grad, grad_history, grad_source, grad_item, grad_prototype;
   // Backward: rows for the gradients of the parameters, besides those of the attention's plan.
   BridgeRows rows;
+  float* pooled_rows;   // [B*K, D]: a copy of pooled; or null
   float* capsule_rows;  // [B*K, D]
   float* gate_rows;     // [B]
+  float* coupling;      // [B*K, L], for the gradient of the history
 };
 
 MIMNET_FAST_DEVICE float not_a_number() { return bits_as_float(0x7fc00000u); }
@@ -36,27 +39,24 @@ MIMNET_FAST_DEVICE float not_a_number() { return bits_as_float(0x7fc00000u); }
 // A row of a tile is a user and a capsule.
 template <int D, int U>
 struct Narrow {
-  Tile pooled, capsules, interests_grad;  // backward only; forward has the routing's own
-  Tile interests, transferred_grad;
-  float* factor;
-  Tile weight;
+  RoutingState routing;
   BridgeBlock<D, U> bridge;
   AttentionState attention;  // its keys are the transferred interests
   Tile user;                 // user x D
+  // Backward only
+  Tile interests;
+  Tile interests_grad;  // first of those transferred
 
   MIMNET_FAST_INLINE Narrow(const MIMNetLaunch& args, Arena& arena, bool backward)
-      : bridge(arena, args.bridge, args.routing.capsules, args.routing.d, backward),
+      : routing(args.routing, arena),
+        bridge(arena, args.bridge, args.routing.capsules, args.routing.d, backward),
         attention(args.attention, arena, backward) {
     const int rows = U * args.routing.capsules, d = args.routing.d;
     user = arena.tile(U, d);
     if (!backward) return;
-    pooled = arena.tile(rows, d);
-    capsules = arena.tile(rows, d);
     interests = arena.tile(rows, d);
     interests_grad = arena.tile(rows, d);
-    transferred_grad = arena.tile(rows, d);
-    factor = arena.floats(rows);
-    weight = routing_weight_tile(args.routing, arena);
+    if (args.grad_item) attention.pooled = arena.tile(kMostHeads * U, d);
   }
 };
 
@@ -100,9 +100,7 @@ MIMNET_FAST_DEVICE void load_source(const MIMNetLaunch& args, const BridgeBlock<
                                     int64_t first, int users) {
   read_users(args.source, first, users, args.routing.d, [&](int u, int s, float value) {
     bridge.source[s * U + u] = value;
-    if (args.rows.source.data && args.grad) {
-      store(args.rows.source.data + (first + u) * args.rows.source.stride + s, value);
-    }
+    save(args.rows.source, first + u, s, value);
   });
 }
 
@@ -110,15 +108,16 @@ template <int D, int U>
 MIMNET_FAST_KERNEL(kThreads, 4)
 mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const RoutingPlan& p = args.routing;
+  const AttentionPlan& a = args.attention;
   Arena arena(shared_memory());
-  const RoutingState s(p, arena);
   const Narrow<D, U> n(args, arena, false);
-  const int64_t first = block_index() * U;
+  const RoutingState& s = n.routing;
+  const int64_t first = block_index() * U, first_row = first * p.capsules;
   const int users = users_of_block(args, first), rows = users * p.capsules;
-  const AttentionTile tile = attention_tile(args.attention, block_index(), 0);
+  const AttentionTile tile = attention_tile(a, block_index(), 0);
   load_routing_weight(p, s.weight);
-  stage_weights(args.attention, n.attention);
-  load_queries(args.attention, n.attention, tile);
+  stage_weights(a, n.attention);
+  load_queries(a, n.attention, tile);
   load_source(args, n.bridge, first, users);
   route<D>(
       p, s, first, users,
@@ -126,7 +125,7 @@ mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
       [](int, int) {});
   squash_factors(p, rows, s.capsules, true, s.factor);
   for (int t = thread_index(); t < rows * p.d; t += block_threads()) {
-    write(args.pooled, first * p.capsules * p.d + t, s.pooled(t / p.d, t % p.d));
+    write(args.pooled, first_row * p.d + t, s.pooled(t / p.d, t % p.d));
   }
   sync_block();
   for (int t = thread_index(); t < rows * p.d; t += block_threads()) {
@@ -141,17 +140,17 @@ mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
     n.bridge.make_output(users, t, [&](int u, int k, int column, float value) {
       const int row = u * p.capsules + k;
       n.attention.keys(row, column) = value;
-      write(args.transferred, (first * p.capsules + row) * p.d + column, value);
+      write(args.transferred, (first_row + row) * p.d + column, value);
     });
   }
   sync_block();
 
-  open_gate<D, false>(args.attention, args.gate, n.attention, tile, [](int, float) {});
-  fold_queries<D, 0>(args.attention, n.attention, tile);
+  open_gate<D, false>(a, args.gate, n.attention, tile, [](int, float) {});
+  fold_queries<D, 0>(a, n.attention, tile);
   sync_block();
-  attend_forward<D, 0>(args.attention, n.attention, tile);
+  attend_forward<D, 0>(a, n.attention, tile);
   sync_block();
-  project_pooled<D, 0>(args.attention, n.attention, tile,
+  project_pooled<D, 0>(a, n.attention, tile,
                        [&](int u, int d, float value) { n.user(u, d) = value; });
   sync_block();
   for (int u = thread_index(); u < users; u += block_threads()) {
@@ -168,37 +167,57 @@ template <int D, int U>
 MIMNET_FAST_KERNEL(kThreads, 4)
 mimnet_narrow_backward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const RoutingPlan& p = args.routing;
+  const AttentionPlan& a = args.attention;
   Arena arena(shared_memory());
   const Narrow<D, U> n(args, arena, true);
-  const AttentionPlan& a = args.attention;
+  const RoutingState& s = n.routing;
   const int64_t first = block_index() * U, first_row = first * p.capsules;
   const int users = users_of_block(args, first), rows = users * p.capsules;
   const AttentionTile tile = attention_tile(a, block_index(), 0);
   const auto each_element = [&](auto body) {
     for (int t = thread_index(); t < rows * p.d; t += block_threads()) body(t / p.d, t % p.d);
   };
-  load_routing_weight(p, n.weight);
+  const auto rating_grad = [&](int u) {
+    return read(args.grad, (first + u) * args.grad.stride[0]);
+  };
+  load_routing_weight(p, s.weight);
   stage_weights(a, n.attention);
+  stage_keys(a, n.attention, tile);
   load_queries(a, n.attention, tile);
   load_source(args, n.bridge, first, users);
-  each_element([&](int row, int d) {
-    n.pooled(row, d) = read(args.pooled, (first_row + row) * p.d + d);
-    n.attention.keys(row, d) = read(args.transferred, (first_row + row) * p.d + d);
-  });
   read_users(args.item, first, users, p.d, [&](int u, int d, float value) {
-    const float grad = read(args.grad, (first + u) * args.grad.stride[0]) * value;
+    const float grad = rating_grad(u) * value;
     n.attention.grad(u, d) = grad;
     store(a.rows.grad + (first + u) * p.d + d, grad);
   });
+  if (args.grad_history) {  // which alone needs the couplings
+    route<D>(
+        p, s, first, users,
+        [&](int start, int count) { load_history(args, s.inputs, first, users, start, count); },
+        [&](int start, int count) {
+          for (int t = thread_index(); t < rows * count; t += block_threads()) {
+            store(args.coupling + (first_row + t / count) * p.length + start + t % count,
+                  s.coupling(t / count, t % count));
+          }
+        });
+  }
+  each_element([&](int row, int d) {
+    const View& pooled = args.pooled;
+    const float value =
+        read(pooled, (first + row / p.capsules) * pooled.stride[0] +
+                         row % p.capsules * pooled.stride[1] + d * pooled.stride[2]);
+    s.pooled(row, d) = value;
+    if (args.pooled_rows) store(args.pooled_rows + (first_row + row) * p.d + d, value);
+  });
   sync_block();
 
-  times_weight<D>(p, n.weight, rows, n.pooled,
-                  [&](int row, int j, float sum) { n.capsules(row, j) = sum; });
+  times_weight<D>(p, s.weight, rows, s.pooled,
+                  [&](int row, int j, float sum) { s.capsules(row, j) = sum; });
   open_gate<D, true>(a, args.gate, n.attention, tile, [](int, float) {});
   fold_queries<D, 0>(a, n.attention, tile);
   project_grad<D, 0>(a, n.attention, tile);
   sync_block();
-  squash_factors(p, rows, n.capsules, true, n.factor);
+  squash_factors(p, rows, s.capsules, true, s.factor);
   attend_backward<D, 0>(a, n.attention, tile);
   sync_block();
   save_shares(a, n.attention, tile);
@@ -207,25 +226,33 @@ mimnet_narrow_backward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   }
   interests_gradient<D>(a, n.attention, tile, [&](int u, int k, int d, float value) {
     const int row = u * p.capsules + k;
-    n.transferred_grad(row, d) = value;
-    store(args.rows.grad.data + (first_row + row) * args.rows.grad.stride + d, value);
+    n.interests_grad(row, d) = value;
+    save(args.rows.grad, first_row + row, d, value);
   });
   each_element([&](int row, int d) {
-    const float interest = n.factor[row] * n.capsules(row, d);
-    n.interests(row, d) = interest;
-    store(args.rows.interests.data + (first_row + row) * args.rows.interests.stride + d, interest);
+    n.interests(row, d) = s.factor[row] * s.capsules(row, d);
+    save(args.rows.interests, first_row + row, d, n.interests(row, d));
   });
+  if (args.grad_item) {
+    project_pooled<D, 0>(a, n.attention, tile,
+                         [&](int u, int d, float value) { n.user(u, d) = value; });
+  }
 
   n.bridge.make_hidden(users, n.interests);
   for (int t = 0; t < p.d; t += n.bridge.panel_size(t)) {
     if (t > 0) sync_block();
     const int columns = n.bridge.panel_size(t);
     for (int e = thread_index(); e < rows * columns; e += block_threads()) {
-      n.bridge.grad(e / columns, e % columns) = n.transferred_grad(e / columns, t + e % columns);
+      n.bridge.grad(e / columns, e % columns) = n.interests_grad(e / columns, t + e % columns);
     }
     n.bridge.contract(t);
     sync_block();
     n.bridge.add_hidden_grad(users, t);
+    if (!args.grad_source) continue;
+    sync_block();
+    n.bridge.make_contracted_grad(users, t);
+    sync_block();
+    n.bridge.add_source_grad(t);
   }
   sync_block();
   n.bridge.mask_hidden_grad(users);
@@ -233,20 +260,46 @@ mimnet_narrow_backward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const int hidden = int(args.bridge.w1.size[0]);
   for (int e = thread_index(); e < rows * (hidden + 1); e += block_threads()) {
     const int r = e / (hidden + 1), h = e % (hidden + 1);
-    const BridgeRows& to = args.rows;
-    store(to.hidden.data + (first_row + r) * to.hidden.stride + h, n.bridge.hidden(r, h));
-    if (h == hidden) continue;
-    store(to.hidden_grad.data + (first_row + r) * to.hidden_grad.stride + h,
-          n.bridge.hidden_grad(r, h));
+    save(args.rows.hidden, first_row + r, h, n.bridge.hidden(r, h));
+    if (h < hidden) save(args.rows.hidden_grad, first_row + r, h, n.bridge.hidden_grad(r, h));
   }
   n.bridge.make_interests_grad(users,
                                [&](int r, int i, float value) { n.interests_grad(r, i) = value; });
   sync_block();
-  squash_backward(p, rows, n.capsules, n.interests_grad);
+  squash_backward(p, rows, s.capsules, n.interests_grad);
   sync_block();
   each_element([&](int row, int d) {
     store(args.capsule_rows + (first_row + row) * p.d + d, n.interests_grad(row, d));
   });
+
+  // Embeddings
+  for (int t = thread_index(); args.grad_source && t < users * p.d; t += block_threads()) {
+    write(args.grad_source, first * p.d + t, n.bridge.source_grad[t % p.d * U + t / p.d]);
+  }
+  if (args.grad_item || args.grad_prototype) {
+    queries_gradient<D, 0>(a, args.gate, n.attention, tile,
+                           [&](int head, int u, int d, float value) {
+                             const View& to = head == 0 ? args.grad_item : args.grad_prototype;
+                             if (!to) return;
+                             if (head == 0) value += rating_grad(u) * n.user(u, d);
+                             write(to, (first + u) * p.d + d, value);
+                           });
+  }
+  if (!args.grad_history) return;
+  times_weight_transposed<D>(p, s.weight, rows, n.interests_grad,
+                             [&](int row, int i, float sum) { s.back(row, i) = sum; });
+  for (int start = 0; start < p.length; start += p.positions) {
+    const int count = p.length - start < p.positions ? p.length - start : p.positions;
+    sync_block();  // until nobody reads the tile before
+    for (int t = thread_index(); t < rows * count; t += block_threads()) {
+      s.coupling(t / count, t % count) =
+          load(args.coupling + (first_row + t / count) * p.length + start + t % count);
+    }
+    sync_block();
+    input_gradient<D>(p, users, count, s.coupling, s.back, [&](int u, int l, int d, float value) {
+      write(args.grad_history, ((first + u) * p.length + start + l) * p.d + d, value);
+    });
+  }
 }
 
 // Between the kernels of the other ops
@@ -325,7 +378,12 @@ View allocate(const Stream& stream, DType dtype, std::initializer_list<int64_t> 
 }
 
 float* floats(const Stream& stream, int64_t count) {
-  return static_cast<float*>(stream.allocate(stream.owner, 4 * count));
+  // An empty batch still needs an address: an outer sum without one has no left operand.
+  return static_cast<float*>(stream.allocate(stream.owner, 4 * std::max<int64_t>(1, count)));
+}
+
+bool is_contiguous(const View& v) {
+  return v.stride[2] == 1 && v.stride[1] == v.size[2] && v.stride[0] == v.size[1] * v.size[2];
 }
 
 // [B, D] as [B, 1, D].
@@ -367,7 +425,7 @@ MIMNetLaunch make_launch(const MIMNetArgs& call) {
   p.weight = call.routing_weight;
   p.logits = call.logits;
   p.mask = call.mask;
-  p.positions = std::min(p.length, 64);
+  p.positions = call.grad && !call.grad_history ? 1 : std::min(p.length, 64);
   args.bridge = {call.w1, call.b1, call.w2, call.b2};
   AttentionPlan& a = args.attention;
   a.heads = 2;
@@ -377,6 +435,7 @@ MIMNetLaunch make_launch(const MIMNetArgs& call) {
   a.candidates = a.tile_candidates = a.candidate_tiles = 1;
   a.query[0] = as_candidate(call.item);
   a.query[1] = as_candidate(call.prototype);
+  a.keys = call.transferred;
   a.weights[0] = call.fusion.fine;
   a.weights[1] = call.fusion.coarse;
   a.row_stride = tile_stride(p.d);
@@ -390,6 +449,10 @@ MIMNetLaunch make_launch(const MIMNetArgs& call) {
   args.transferred = call.transferred;
   args.ratings = call.ratings;
   args.grad = call.grad;
+  args.grad_history = call.grad_history;
+  args.grad_source = call.grad_source;
+  args.grad_item = call.grad_item;
+  args.grad_prototype = call.grad_prototype;
   return args;
 }
 
@@ -398,7 +461,6 @@ bool launch_narrow(MIMNetLaunch args, const Stream& stream, const DeviceLimits& 
   args.routing.users = args.attention.tile_users = U;
   const bool backward = bool(args.grad);
   Arena arena(nullptr);
-  if (!backward) RoutingState(args.routing, arena);
   Narrow<D, U>(args, arena, backward);
   if (arena.bytes() > limits.shared_memory) return false;
   launch(backward ? mimnet_narrow_backward<D, U> : mimnet_narrow_forward<D, U>,
@@ -424,7 +486,7 @@ bool run_narrow(const MIMNetLaunch& args, const Stream& stream) {
     case 16:
       return launch_narrow<16>(args, stream);
     default:
-      return args.routing.d < kNarrow && launch_narrow<0>(args, stream);
+      return args.routing.d <= kNarrow && launch_narrow<0>(args, stream);
   }
 }
 
@@ -507,6 +569,35 @@ void compose(const MIMNetArgs& call) {
   launch_elements(rate_users, rating, size.batch * kWarp, stream);
 }
 
+// The interests in backward. With the gradient of the history `routing` runs again, which leaves
+// its couplings; else they are the squashed capsules of what the forward saved, by a pass of
+// routing over one input for each capsule, that has its softmax alone.
+View interests_again(const MIMNetArgs& call, RoutingArgs& routing) {
+  const Sizes size(call);
+  const Stream& stream = call.execution.stream;
+  const auto rows = [&](int64_t width) {
+    return allocate(stream, DType::float32, {size.batch, size.k, width});
+  };
+  RoutingArgs once = routing;
+  if (call.grad_history) {
+    once.coupling = routing.coupling = rows(size.length);
+  } else {
+    View& x = once.inputs = call.pooled;
+    x.dims = 4;
+    x.size[3] = x.size[2];
+    x.stride[3] = x.stride[2];
+    x.size[2] = 1;
+    once.logits = once.mask = View{};
+    once.iterations = 1;
+    once.axis = SoftmaxAxis::inputs;
+    once.coupling = rows(1);
+  }
+  once.pooled = rows(size.d);
+  once.out = rows(size.d);
+  dynamic_routing(once);
+  return once.out;
+}
+
 void compose_backward(const MIMNetArgs& call) {
   const Sizes size(call);
   const Stream& stream = call.execution.stream;
@@ -535,15 +626,13 @@ void compose_backward(const MIMNetArgs& call) {
     launch_elements(rate_users_backward, rating, rating.count, stream);
   }
 
-  // The interests are the squashed capsules of what the forward saved, by a pass of routing over
-  // one input per capsule; the couplings of the histories take the routing itself.
   RoutingArgs routing = routing_of(call);
-  routing.coupling = allocate(stream, DType::float32, {size.batch, size.k, size.length});
-  routing.out = rows();
-  routing.inputs = embedded(call);
-  dynamic_routing(routing);
+  routing.inputs =
+      contiguous(call.routing_weight.dtype, nullptr, {size.batch, size.length, size.d});
+  if (call.grad_history) routing.inputs = call.history;
+  const View interests = interests_again(call, routing);
   BridgeArgs bridge = bridge_of(call);
-  bridge.interests = routing.out;
+  bridge.interests = interests;
   bridge.grad = attention.grad_interests;
   bridge.grad_interests = rows();
   bridge.grad_source = call.grad_source;
@@ -552,6 +641,7 @@ void compose_backward(const MIMNetArgs& call) {
   bridge.grad_w2 = call.grad_w2;
   bridge.grad_b2 = call.grad_b2;
   interest_bridge_backward(bridge);
+  routing.pooled = call.pooled;
   routing.grad = bridge.grad_interests;
   routing.grad_inputs = call.grad_history;
   routing.grad_weight = call.grad_routing_weight;
@@ -567,9 +657,7 @@ void mimnet_forward(const MIMNetArgs& call) {
 void mimnet_forward_backward(const MIMNetArgs& call) {
   const Sizes size(call);
   const Stream& stream = call.execution.stream;
-  const bool embeddings =
-      call.grad_history || call.grad_source || call.grad_item || call.grad_prototype;
-  if (embeddings || size.d > kNarrow) return compose_backward(call);
+  if (size.d > kNarrow) return compose_backward(call);
 
   MIMNetLaunch args = make_launch(call);
   AttentionPlan& a = args.attention;
@@ -580,7 +668,9 @@ void mimnet_forward_backward(const MIMNetArgs& call) {
   a.rows.pooled = floats(stream, 2 * size.batch * d);
   a.rows.share = floats(stream, 2 * size.batch);
   args.gate_rows = floats(stream, size.batch);
+  if (!is_contiguous(call.pooled)) args.pooled_rows = floats(stream, count * d);
   args.capsule_rows = floats(stream, count * d);
+  if (call.grad_history) args.coupling = floats(stream, count * size.length);
   args.rows.source = {floats(stream, size.batch * d), d};
   args.rows.interests = {floats(stream, count * d), d};
   args.rows.grad = {floats(stream, count * d), d};
@@ -592,7 +682,7 @@ void mimnet_forward_backward(const MIMNetArgs& call) {
   const AttentionWeights of_heads[] = {call.grad_fusion.fine, call.grad_fusion.coarse};
   OuterSum sums[1 + kBridgeSums + 9];
   int n = 0;
-  sums[n++] = {static_cast<const float*>(call.pooled.data),
+  sums[n++] = {args.pooled_rows ? args.pooled_rows : static_cast<const float*>(call.pooled.data),
                args.capsule_rows,
                d,
                d,

@@ -63,14 +63,9 @@ struct MultiGranularityAttention {
         });
       }
       if (grad_item || grad_prototype) {
-        query_gradient<D, P>(p, s, tile, [&](int row, int d, float value) {
-          const bool fine = row < rows;
-          const int in_head = fine ? row : row - rows;
-          const View& to = fine ? grad_item : grad_prototype;
-          if (!to) return;
-          const View& w = gate_plan.weight;
-          value += read(w, (fine ? d : p.d + d) * w.stride[0]) * gate_gradient(s, rows, in_head);
-          write(to, (tile.row + in_head) * p.d + d, value);
+        queries_gradient<D, P>(p, gate_plan, s, tile, [&](int head, int row, int d, float value) {
+          const View& to = head == 0 ? grad_item : grad_prototype;
+          if (to) write(to, (tile.row + row) * p.d + d, value);
         });
       }
       sync_block();

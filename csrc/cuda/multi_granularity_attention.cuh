@@ -54,4 +54,17 @@ MIMNET_FAST_DEVICE float gate_gradient(const AttentionState& s, int rows, int ro
   return s.share[row] * s.share[rows + row] * (s.share_grad[rows + row] - s.share_grad[row]);
 }
 
+// put(head, row of the head, d, gradient of the query), with what comes to it through the gate.
+template <int D, int P, class Put>
+MIMNET_FAST_DEVICE void queries_gradient(const AttentionPlan& p, const GatePlan& gate,
+                                         const AttentionState& s, const AttentionTile& tile,
+                                         Put put) {
+  const int rows = tile.rows();
+  query_gradient<D, P>(p, s, tile, [&](int row, int d, float value) {
+    const int head = row < rows ? 0 : 1, in_head = row - head * rows;
+    const float weight = read(gate.weight, (head * p.d + d) * gate.weight.stride[0]);
+    put(head, in_head, d, value + weight * gate_gradient(s, rows, in_head));
+  });
+}
+
 }  // namespace mimnet_fast::cuda

@@ -73,8 +73,8 @@ struct AttentionState {
   Tile folded;        // the query as the interests see it
   Tile scores;        // row x K
   Tile coefficients;  // row x K, times the share
-  Tile pooled;
-  float* share;  // of a row; 0 where a user has no interest
+  Tile pooled;        // in backward null, unless who made this gives it a place
+  float* share;       // of a row; 0 where a user has no interest
 
   // Backward only
   Tile grad;  // of the output: one head
@@ -103,6 +103,7 @@ struct AttentionState {
       pooled = reused;
       return;
     }
+    pooled = none;
     scores = arena.tile(rows, p.interests);
     score_grad = arena.tile(rows, p.interests);
     folded_grad = reused;
@@ -597,6 +598,7 @@ MIMNET_FAST_DEVICE void attend_backward(const AttentionPlan& p, const AttentionS
                                         const AttentionTile& tile) {
   attend<D, P, true>(p, s, tile, [&](int row, int d, float pooled, float folded_grad) {
     s.folded_grad(row, d) = folded_grad;
+    if (s.pooled.data) s.pooled(row, d) = pooled;
     save_row(p, tile, row, d, pooled, folded_grad);
   });
 }
