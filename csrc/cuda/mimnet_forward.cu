@@ -163,8 +163,9 @@ mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   }
 }
 
+// Where the width is not known in advance, addresses take more registers.
 template <int D, int U>
-MIMNET_FAST_KERNEL(kThreads, 4)
+MIMNET_FAST_KERNEL(kThreads, D > 0 ? 4 : 3)
 mimnet_narrow_backward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const RoutingPlan& p = args.routing;
   const AttentionPlan& a = args.attention;
@@ -377,11 +378,6 @@ View allocate(const Stream& stream, DType dtype, std::initializer_list<int64_t> 
   return contiguous(dtype, stream.allocate(stream.owner, bytes), sizes);
 }
 
-float* floats(const Stream& stream, int64_t count) {
-  // An empty batch still needs an address: an outer sum without one has no left operand.
-  return static_cast<float*>(stream.allocate(stream.owner, 4 * std::max<int64_t>(1, count)));
-}
-
 bool is_contiguous(const View& v) {
   return v.stride[2] == 1 && v.stride[1] == v.size[2] && v.stride[0] == v.size[1] * v.size[2];
 }
@@ -454,6 +450,29 @@ MIMNetLaunch make_launch(const MIMNetArgs& call) {
   args.grad_item = call.grad_item;
   args.grad_prototype = call.grad_prototype;
   return args;
+}
+
+// All rows of a backward in one piece of memory: at these sizes a request for it costs as much as a
+// stage.
+void place_rows(const MIMNetArgs& call, Arena& arena, MIMNetLaunch& args) {
+  const Sizes size(call);
+  const int64_t count = size.batch * size.k, d = size.d, hidden = call.w1.size[0];
+  const auto rows = [&](int64_t n, int64_t width) { return Rows{arena.floats(n * width), width}; };
+  AttentionRows& attention = args.attention.rows;
+  attention.query = arena.floats(2 * size.batch * d);
+  attention.grad = arena.floats(size.batch * d);
+  attention.folded_grad = arena.floats(2 * size.batch * d);
+  attention.pooled = arena.floats(2 * size.batch * d);
+  attention.share = arena.floats(2 * size.batch);
+  args.gate_rows = arena.floats(size.batch);
+  args.pooled_rows = is_contiguous(call.pooled) ? nullptr : arena.floats(count * d);
+  args.capsule_rows = arena.floats(count * d);
+  args.coupling = call.grad_history ? arena.floats(count * size.length) : nullptr;
+  args.rows.source = rows(size.batch, d);
+  args.rows.interests = rows(count, d);
+  args.rows.grad = rows(count, d);
+  args.rows.hidden = rows(count, hidden + 1);
+  args.rows.hidden_grad = rows(count, hidden);
 }
 
 template <int D, int U>
@@ -661,21 +680,13 @@ void mimnet_forward_backward(const MIMNetArgs& call) {
 
   MIMNetLaunch args = make_launch(call);
   AttentionPlan& a = args.attention;
-  const int64_t count = size.batch * size.k, d = size.d, hidden = call.w1.size[0];
-  a.rows.query = floats(stream, 2 * size.batch * d);
-  a.rows.grad = floats(stream, size.batch * d);
-  a.rows.folded_grad = floats(stream, 2 * size.batch * d);
-  a.rows.pooled = floats(stream, 2 * size.batch * d);
-  a.rows.share = floats(stream, 2 * size.batch);
-  args.gate_rows = floats(stream, size.batch);
-  if (!is_contiguous(call.pooled)) args.pooled_rows = floats(stream, count * d);
-  args.capsule_rows = floats(stream, count * d);
-  if (call.grad_history) args.coupling = floats(stream, count * size.length);
-  args.rows.source = {floats(stream, size.batch * d), d};
-  args.rows.interests = {floats(stream, count * d), d};
-  args.rows.grad = {floats(stream, count * d), d};
-  args.rows.hidden = {floats(stream, count * (hidden + 1)), hidden + 1};
-  args.rows.hidden_grad = {floats(stream, count * hidden), hidden};
+  const int64_t count = size.batch * size.k, d = size.d;
+  Arena counted(nullptr);
+  place_rows(call, counted, args);
+  // An empty batch still needs an address: an outer sum without one has no left operand.
+  const int64_t bytes = std::max<int64_t>(1, counted.bytes());
+  Arena arena(static_cast<char*>(stream.allocate(stream.owner, bytes)));
+  place_rows(call, arena, args);
   if (!run_narrow(args, stream)) return compose_backward(call);
 
   a.grad = contiguous(DType::float32, a.rows.grad, {size.batch, 1, d});
