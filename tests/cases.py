@@ -19,6 +19,8 @@ from mimnet_fast import ops, verify
 BACKENDS = ("native", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SINGLE_AND_HALF = (torch.float32, torch.bfloat16)
+CUDA_ON_HOST = False
+"""Whether the native kernels for CPU tensors are the CUDA ones."""
 
 
 def interpreted(backend: str) -> bool:

@@ -56,7 +56,6 @@ struct Narrow {
     if (!backward) return;
     interests = arena.tile(rows, d);
     interests_grad = arena.tile(rows, d);
-    if (args.grad_item) attention.pooled = arena.tile(kMostHeads * U, d);
   }
 };
 
@@ -434,6 +433,7 @@ MIMNetLaunch make_launch(const MIMNetArgs& call) {
   a.keys = call.transferred;
   a.weights[0] = call.fusion.fine;
   a.weights[1] = call.fusion.coarse;
+  a.keeps_pooled = bool(call.grad_item);
   a.row_stride = tile_stride(p.d);
   a.stages_keys = a.stages_weights = true;
   args.gate = {call.fusion.weight, call.fusion.bias, View{}};
@@ -629,6 +629,9 @@ void compose_backward(const MIMNetArgs& call) {
   launch_elements(rate_users_backward, rating, rating.count, stream);
 
   MultiGranularityArgs attention = attention_of(call);
+  if (call.grad_item) {
+    attention.out = allocate(stream, DType::float32, {size.batch, 1, size.d});
+  }
   attention.grad = rating.user_grad;
   attention.grad_item = as_candidate(call.grad_item);
   attention.grad_prototype = as_candidate(call.grad_prototype);
@@ -636,10 +639,7 @@ void compose_backward(const MIMNetArgs& call) {
   attention.grad_weights = call.grad_fusion;
   multi_granularity_attention_backward(attention);
   if (call.grad_item) {
-    MultiGranularityArgs again = attention_of(call);
-    again.out = rating.user = allocate(stream, DType::float32, {size.batch, 1, size.d});
-    again.gate = allocate(stream, DType::float32, {size.batch, 1});
-    multi_granularity_attention(again);
+    rating.user = attention.out;
     rating.user_grad = View{};
     rating.grad_item = call.grad_item;
     launch_elements(rate_users_backward, rating, rating.count, stream);

@@ -9,7 +9,7 @@ namespace {
 struct MultiGranularityAttention {
   AttentionPlan plan;
   GatePlan gate_plan;
-  View out, gate;
+  View out, gate;  // in backward out is made again where there is a place for it
   View grad_item, grad_prototype, grad_interests;
   float* gate_rows;  // gradients of the gate before its sigmoid, [B*C]
 
@@ -56,6 +56,11 @@ struct MultiGranularityAttention {
       for (int row = thread_index(); gate_rows && row < rows; row += block_threads()) {
         store(gate_rows + tile.row + row, gate_gradient(s, rows, row));
       }
+      if (out) {
+        project_pooled<D, P>(p, s, tile, [&](int row, int d, float value) {
+          write(out, (tile.row + row) * p.d + d, value);
+        });
+      }
       if (grad_interests) {
         interests_gradient<D>(p, s, tile, [&](int u, int k, int d, float value) {
           write_interests_gradient(p, t, grad_interests,
@@ -87,6 +92,7 @@ MultiGranularityAttention attention(const MultiGranularityArgs& call) {
   p.weights[0] = call.weights.fine;
   p.weights[1] = call.weights.coarse;
   p.grad = call.grad;
+  p.keeps_pooled = bool(call.out);
   attention.gate_plan = {call.weights.weight, call.weights.bias, call.grad_gate};
   attention.out = call.out;
   attention.gate = call.gate;

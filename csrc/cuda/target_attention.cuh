@@ -45,6 +45,7 @@ struct AttentionPlan {
   bool hard = false;
   View grad, grad_coefficients;
   AttentionRows rows;
+  bool keeps_pooled = false;  // in backward, for project_pooled
 
   // How the work is cut, by `cut`.
   int tile_users, tile_candidates, candidate_tiles;
@@ -73,7 +74,7 @@ struct AttentionState {
   Tile folded;        // the query as the interests see it
   Tile scores;        // row x K
   Tile coefficients;  // row x K, times the share
-  Tile pooled;        // in backward null, unless who made this gives it a place
+  Tile pooled;        // in backward null, unless the plan keeps it
   float* share;       // of a row; 0 where a user has no interest
 
   // Backward only
@@ -103,7 +104,7 @@ struct AttentionState {
       pooled = reused;
       return;
     }
-    pooled = none;
+    pooled = p.keeps_pooled ? row_tile(rows) : none;
     scores = arena.tile(rows, p.interests);
     score_grad = arena.tile(rows, p.interests);
     folded_grad = reused;

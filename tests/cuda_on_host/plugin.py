@@ -8,4 +8,5 @@ import cuda_on_host
 
 def pytest_configure():
     cuda_on_host.load()
+    cases.CUDA_ON_HOST = True
     cases.DTYPES = tuple(dtype for dtype in cases.DTYPES if dtype is not torch.float64)
