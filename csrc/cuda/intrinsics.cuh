@@ -45,7 +45,12 @@ MIMNET_FAST_DEVICE void sync_warp() { __syncwarp(); }
 
 MIMNET_FAST_DEVICE float bits_as_float(uint32_t bits) { return __uint_as_float(bits); }
 MIMNET_FAST_DEVICE uint32_t float_as_bits(float x) { return __float_as_uint(x); }
-MIMNET_FAST_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+// NaN where one of them is, unlike fmaxf: a relu must not hide it.
+MIMNET_FAST_DEVICE float maximum(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 MIMNET_FAST_DEVICE float square_root(float x) { return sqrtf(x); }
 MIMNET_FAST_DEVICE float power(float x, float exponent) { return powf(x, exponent); }
 MIMNET_FAST_DEVICE float exponential(float x) { return expf(x); }

@@ -67,7 +67,7 @@ MIMNET_FAST_DEVICE void sync_warp(host::Site site = host::Site::current()) {
 
 MIMNET_FAST_DEVICE float bits_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 MIMNET_FAST_DEVICE uint32_t float_as_bits(float x) { return std::bit_cast<uint32_t>(x); }
-MIMNET_FAST_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
+MIMNET_FAST_DEVICE float maximum(float a, float b) { return a > b || a != a ? a : b; }
 MIMNET_FAST_DEVICE float square_root(float x) { return std::sqrt(x); }
 MIMNET_FAST_DEVICE float power(float x, float exponent) { return std::pow(x, exponent); }
 MIMNET_FAST_DEVICE float exponential(float x) { return std::exp(x); }
