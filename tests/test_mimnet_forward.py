@@ -18,6 +18,7 @@ SHAPES = [
     {"b": 16, "length": 3, "k": 9, "d": 33, "h": 21},
     {"b": 1, "length": 30, "k": 4, "d": 64, "h": 64},
     {"b": 130, "length": 4, "k": 2, "d": 5, "h": 7},
+    {"b": 3, "length": 150, "k": 4, "d": 10, "h": 9},
 ]
 IDS = [None, torch.int64, torch.int32]
 
