@@ -81,16 +81,25 @@ class Planes {
     }
   }
 
-  // The [16, 16] at (row, column), or its transpose, as the left operand of a product.
+  // Puts a value and its right neighbour; the column is even.
+  MIMNET_FAST_DEVICE void put(int row, int column, float left, float right) const {
+    uint32_t pair[P];
+    split(left, right, pair);
+#pragma unroll
+    for (int p = 0; p < P; ++p) *reinterpret_cast<uint32_t*>(at(p, row, column)) = pair[p];
+  }
+
+  // The [16, 16] at (row, column), or its transpose, as the left operand of a product. Its rows are
+  // `step` rows apart.
   template <bool kTransposed>
-  MIMNET_FAST_DEVICE void fragment(int row, int column, uint32_t (&a)[P][4]) const {
+  MIMNET_FAST_DEVICE void fragment(int row, int column, uint32_t (&a)[P][4], int step = 1) const {
     const int lane = thread_index() % kWarp;
     const int second = lane / 8 % 2 * 8, third = lane / 16 * 8;  // where matrices 1 and 2 start
     const int rows = lane % 8 + (kTransposed ? third : second);
     const int columns = kTransposed ? second : third;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      const char* address = at(p, row + rows, column + columns);
+      const char* address = at(p, row + rows * step, column + columns);
       kTransposed ? load_matrices_transposed(a[p], address) : load_matrices(a[p], address);
     }
   }
