@@ -577,6 +577,7 @@ def interest_bridge_backward(
         d_source,
         d_target,
         hidden,
+        maxnreg=MOST_REGISTERS if d_source <= 64 and w2.element_size() == 2 else None,
         **tiles,
     )
     if needs & 1:

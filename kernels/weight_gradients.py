@@ -15,14 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import MOST_REGISTERS, launch
 from ._tiles import bound, padded, product
 
 _TILE_ROWS = 16
 _ROWS_OF_ONE_PART = 1024
 _ROWS_OF_PARTS = 512
-# Left to itself, ptxas spills a few bytes to fit a third block of 8 warps on a multiprocessor.
-_REGISTERS = 128
 _PROGRAMS = 512
 _ELEMENTS = 256
 
@@ -194,6 +192,7 @@ def outer_sums(
         count = min(triton.cdiv(max(rows), _ROWS_OF_PARTS), max(1, _PROGRAMS // tiles))
     split = count > 1
     parts = rights[0].new_empty(count, elements) if split else outs[0]
+    warps = max(4, tile_m * tile_n // 512)
     launch(
         _outer_sums_kernel,
         (tiles, count),
@@ -214,8 +213,9 @@ def outer_sums(
         TILE_M=tile_m,
         TILE_N=tile_n,
         TILE_ROWS=_TILE_ROWS,
-        num_warps=max(4, tile_m * tile_n // 512),
-        maxnreg=_REGISTERS,
+        num_warps=warps,
+        # Those of two blocks a multiprocessor; left to itself, ptxas spills to fit one more.
+        maxnreg=min(MOST_REGISTERS, 1024 // warps),
     )
     if split:
         add_parts(parts, outs)
