@@ -511,6 +511,9 @@ def dynamic_routing(
     iterations: int,
     softmax_over: int,
     padding: int,
+    update: int,
+    normalize_agreement: bool,
+    full_gradient: bool,
     inner_squash: bool,
     final_squash: bool,
     temperature: float,
@@ -571,14 +574,25 @@ def dynamic_routing_backward(
     grad: Tensor,
     inputs: Tensor,
     weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    capsule_mask: Tensor | None,
     coupling: Tensor,
     pooled: Tensor,
+    iterations: int,
+    softmax_over: int,
+    padding: int,
+    update: int,
+    normalize_agreement: bool,
+    full_gradient: bool,
+    inner_squash: bool,
     final_squash: bool,
+    temperature: float,
     squash: int,
     eps: float,
     power: float,
     needs: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs and of the weight through the last weighted sum."""
     coupling, pooled = coupling.contiguous(), pooled.contiguous()
     batch, k, length = coupling.shape
@@ -616,4 +630,5 @@ def dynamic_routing_backward(
     return (
         empty if inputs_grad is None else inputs_grad,
         empty if weight_grad is None else weight_grad,
+        inputs.new_empty(0),
     )

@@ -29,6 +29,12 @@ _MIMNET = (
     "int iterations, int padding"
 )
 
+_ROUTING = (
+    "int iterations, int softmax_over, int padding, int update, bool normalize_agreement, "
+    "bool full_gradient, bool inner_squash, bool final_squash, float temperature, int squash, "
+    "float eps, float power"
+)
+
 
 def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})"
@@ -37,14 +43,13 @@ def _tensors(count: int) -> str:
 SCHEMAS = (
     "squash(Tensor x, int form, float eps, float power) -> Tensor",
     "squash_backward(Tensor grad, Tensor x, int form, float eps, float power) -> Tensor",
-    # -> capsules, coupling [B,K,L], pooled [B,K,D_in] (the last weighted sum, before the weight)
+    # -> capsules, coupling [B,K,L], pooled [B,K,D_in]: the last weighted sum, before the weight;
+    # with a weight per position [B,K,D], before the squash
     "dynamic_routing(Tensor inputs, Tensor? weight, Tensor? logits, Tensor? mask, "
-    "Tensor? capsule_mask, int num_capsules, int iterations, int softmax_over, int padding, "
-    "bool inner_squash, bool final_squash, float temperature, int squash, float eps, float power) "
-    f"-> {_tensors(3)}",
-    "dynamic_routing_backward(Tensor grad, Tensor inputs, Tensor? weight, Tensor coupling, "
-    "Tensor pooled, bool final_squash, int squash, float eps, float power, int needs) "
-    f"-> {_tensors(2)}",
+    f"Tensor? capsule_mask, int num_capsules, {_ROUTING}) -> {_tensors(3)}",
+    "dynamic_routing_backward(Tensor grad, Tensor inputs, Tensor? weight, Tensor? logits, "
+    "Tensor? mask, Tensor? capsule_mask, Tensor coupling, Tensor pooled, "
+    f"{_ROUTING}, int needs) -> {_tensors(3)}",
     f"interest_bridge(Tensor interests, Tensor source, {_BRIDGE}) -> Tensor",
     f"interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, {_BRIDGE}, int needs) "
     f"-> {_tensors(6)}",

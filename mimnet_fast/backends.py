@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +28,13 @@ logger = logging.getLogger("mimnet_fast")
 NAMES = ("auto", "native", "triton", "reference")
 """What `backend=`, :func:`use_backend` and `MIMNET_FAST_BACKEND` accept."""
 
-_KERNELS = ("native", "triton")
+KERNELS = ("native", "triton")
+"""The backends with kernels, in the order in which reasons are given."""
 _AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 """What `auto` tries, by device; on the CPU, Triton only has an interpreter for tests."""
+
+Unsupported = Mapping[str, Sequence[str]]
+"""By backend, what a call asks of its kernels that they do not offer."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -169,22 +173,22 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     >>> available()["reference"] is None
     True
     """
-    return {**{name: _PROBLEMS[name](device_type) for name in _KERNELS}, "reference": None}
+    return {**{name: _PROBLEMS[name](device_type) for name in KERNELS}, "reference": None}
 
 
-def _reasons(op: str, like: Tensor, unsupported: list[str]) -> dict[str, list[str]]:
+def _reasons(op: str, like: Tensor, unsupported: Unsupported) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
-    for name in _KERNELS:
+    for name in KERNELS:
         problem = _problem(name, op, like.device.type, like.dtype)
-        reasons[name] = [problem] if problem else list(unsupported)
+        reasons[name] = [problem] if problem else list(unsupported.get(name, ()))
     reasons["reference"] = []
     return reasons
 
 
-def select(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -> str:
+def select(op: str, backend: str | None, like: Tensor, unsupported: Unsupported) -> str:
     """Name of the backend that serves this call of ``op`` on tensors like ``like``.
 
-    ``unsupported`` lists what this call asks of a kernel that no kernel offers yet.
+    ``unsupported`` lists, by backend, what this call asks of a kernel that it does not offer.
     """
     chosen = _choose(op, backend, like, unsupported)
     if _watched is not None:
@@ -201,10 +205,11 @@ def _choose(op: str, backend: str | None, like: Tensor, unsupported: list[str]) 
     if name == "reference":
         return name
     if name == "auto":
-        if not unsupported:
-            for candidate in _AUTO.get(like.device.type, ()):
-                if _problem(candidate, op, like.device.type, like.dtype) is None:
-                    return candidate
+        for candidate in _AUTO.get(like.device.type, ()):
+            if unsupported.get(candidate):
+                continue
+            if _problem(candidate, op, like.device.type, like.dtype) is None:
+                return candidate
         if not torch.compiler.is_compiling():
             _log_fallback(op, _reasons(op, like, unsupported))
         return "reference"

@@ -159,7 +159,8 @@ def squash_call(
 
 
 WEIGHTS = ("shared_votes", "votes", "shared", "per_capsule")
-"""What the kernels serve: votes with and without capsules, or inputs and a weight."""
+"""What all kernels serve: votes with and without capsules, or inputs and a weight."""
+EVERY_WEIGHT = (*WEIGHTS, "per_position")
 
 
 def routing_call(
@@ -339,6 +340,28 @@ EVERY_OP: dict[str, Callable[..., Call]] = {
         temperature=1.5,
         squash="norm_plus_eps",
     ),
+    "dynamic_routing_per_position": partial(
+        routing_call, weight="per_position", history="mask", normalize_agreement=True
+    ),
+    "dynamic_routing_update": partial(routing_call, update="coupling", normalize_agreement=True),
+    **{
+        f"dynamic_routing_full_{weight}": partial(
+            routing_call, weight=weight, gradient="full", history="mask", logits="one"
+        )
+        for weight in ("votes", "shared", "per_position")
+    },
+    **{
+        f"dynamic_routing_full_normalized_{weight}": partial(
+            routing_call,
+            weight=weight,
+            gradient="full",
+            normalize_agreement=True,
+            update="coupling",
+            absent_capsules=True,
+            softmax_over="inputs",
+        )
+        for weight in ("shared", "per_capsule", "per_position")
+    },
     "interest_bridge": partial(bridge_call),
     "interest_bridge_per_interest": partial(bridge_call, per_interest=True),
     "target_attention": partial(attention_call, absent_capsules=True, return_weights=True),

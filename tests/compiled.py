@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -177,7 +178,12 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
     """Every kernel that the launchers start in forward and backward of the calls."""
     import triton
 
-    backends.select = lambda *_: "triton"  # no backend has kernels for meta tensors
+    def select(_op: str, _backend: str | None, _like: Tensor, unsupported: Any) -> str:
+        if unsupported.get("triton"):
+            raise backends.BackendUnavailable
+        return "triton"
+
+    backends.select = select  # no backend has kernels for meta tensors
     found: dict[tuple[Any, ...], _Variant] = {}
 
     def collect(
@@ -195,7 +201,7 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
         for architecture in architectures:
             triton.runtime.driver.set_active(_NoDriver(architecture))
             triton.knobs.runtime.jit_cache_hook = partial(collect, label, architecture)
-            with _Launchers():
+            with _Launchers(), suppress(backends.BackendUnavailable):
                 outputs = call.map(_on_meta).outputs()
                 used = [out for out in outputs if out.requires_grad]
                 torch.autograd.backward(used, [torch.empty_like(out) for out in used])

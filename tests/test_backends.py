@@ -8,7 +8,15 @@ import threading
 
 import pytest
 import torch
-from cases import BACKENDS, EVERY_OP, Call, attention_call, routing_call, squash_call
+from cases import (
+    BACKENDS,
+    EVERY_OP,
+    Call,
+    attention_call,
+    mimnet_call,
+    routing_call,
+    squash_call,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimnet_fast import BackendUnavailable, backends, ops, use_backend
@@ -75,12 +83,14 @@ def test_all_reasons_are_given():
     call = routing_call(
         weight="per_position", gradient="full", update="replace", normalize_agreement=True
     )
+    if backends.available()["triton"]:
+        pytest.skip("Triton does not serve this machine")
     with pytest.raises(BackendUnavailable) as caught:
-        call(backend="native")
+        call(backend="triton")
     message = str(caught.value)
     for reason in (
         "dynamic_routing",
-        "'native'",
+        "'triton'",
         "per position",
         '"full"',
         "'replace'",
@@ -143,7 +153,7 @@ def test_environment_variable():
     assert in_a_new_process(code, MIMNET_FAST_BACKEND="reference").stdout == "True\n"
     wrong = in_a_new_process(code, MIMNET_FAST_BACKEND="nativ")
     assert "MIMNET_FAST_BACKEND: got 'nativ', need one of 'auto', 'native'" in wrong.stderr
-    code += "; print(m.backends.select('squash', None, torch.ones(1), []))"
+    code += "; print(m.backends.select('squash', None, torch.ones(1), {}))"
     found = in_a_new_process(code, MIMNET_FAST_BACKEND="reference")
     assert found.stdout.split() == ["True", "reference"]
 
@@ -175,15 +185,15 @@ print("fine")
 
 def test_fallback_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_logged", set())
-    call = routing_call(gradient="full")
+    call = attention_call(power=2.0)
     with caplog.at_level(logging.INFO, logger="mimnet_fast"):
         call()
         call()
-        routing_call(normalize_agreement=True)()
+        mimnet_call(ids=torch.int64).trainable()(table=torch.randn(23, 4, requires_grad=True))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2, "once for each reason"
-    assert 'gradient="full" has no kernel yet' in messages[0]
-    assert "normalize_agreement" in messages[1]
+    assert "a key bias cancels only with power=1" in messages[0]
+    assert "the table is frozen" in messages[1]
 
 
 def test_nothing_is_logged_where_a_kernel_serves(caplog):
@@ -217,6 +227,20 @@ def test_explain_gives_what_a_kernel_lacks():
     reasons = backends.explain("target_attention", *call.args, **call.options)
     assert reasons["native"] == ["a key bias cancels only with power=1"]
     assert reasons["reference"] == []
+
+
+def test_a_backend_is_judged_by_its_own_kernels():
+    call = routing_call(update="coupling", gradient="full")
+    reasons = backends.explain(call.op, *call.args, **call.options)
+    assert reasons["native"] == []
+    if backends.available()["triton"] is None:
+        assert reasons["triton"] == [
+            f"no Triton kernel for {option} in this version"
+            for option in ('gradient="full"', "update='coupling'")
+        ]
+    with pytest.raises(BackendUnavailable, match="no CUDA kernel for it"):
+        backends.select("squash", "native", call.args[0], {"native": ["no CUDA kernel for it"]})
+    assert backends.select("squash", "native", call.args[0], {"triton": ["no"]}) == "native"
 
 
 def test_explain_raises_as_the_call():

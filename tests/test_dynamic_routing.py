@@ -1,11 +1,13 @@
 """The dynamic routing op: every option and shape, and what the options mean."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from cases import (
     DTYPES,
+    EVERY_WEIGHT,
     SINGLE_AND_HALF,
     WEIGHTS,
     dtype_id,
@@ -17,7 +19,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimnet_fast import BackendUnavailable, ops
+from mimnet_fast import BackendUnavailable, backends, ops
 from mimnet_fast._options import GRADIENTS, PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES
 
 SHAPES = [
@@ -52,6 +54,46 @@ OPTIONS = [
     *({"squash": form} for form in SQUASH_FORMS[1:]),
 ]
 
+CPU_OPTIONS = [
+    {"update": "replace"},
+    {"update": "coupling", "history": "mask"},
+    {"normalize_agreement": True},
+    {"normalize_agreement": True, "update": "replace", "softmax_over": "inputs"},
+    {
+        "normalize_agreement": True,
+        "update": "coupling",
+        "absent_capsules": True,
+        "history": "lengths",
+        "temperature": 0.05,
+        "inner_squash": False,
+        "squash": "pow_clamp",
+        "power": 0.2,
+        "eps": 1e-7,
+    },
+    *({"gradient": "full", "iterations": iterations} for iterations in (1, 2, 5)),
+    *({"gradient": "full", "logits": logits} for logits in ("one", None)),
+    *({"gradient": "full", "update": update} for update in UPDATES[1:]),
+    {"gradient": "full", "history": "mask", "softmax_over": "inputs", "temperature": 3.0},
+    {"gradient": "full", "history": "lengths", "padding": "fill_before", "inner_squash": False},
+    {
+        "gradient": "full",
+        "normalize_agreement": True,
+        "absent_capsules": True,
+        "history": "mask",
+        "softmax_over": "inputs",
+        "padding": "ignore",
+        "final_squash": False,
+    },
+    {"gradient": "full", "normalize_agreement": True, "update": "coupling", "squash": "no_div"},
+]
+
+
+def gentle(call):
+    """A full gradient on vectors short enough for it to flow: a softmax at 0 and 1 stops it."""
+    if call.options.get("gradient") != "full":
+        return call
+    return call.map(lambda t: t / 20 if t.is_floating_point() else t)
+
 
 def option_id(options):
     return "-".join(f"{name}={value}" for name, value in options.items())
@@ -59,7 +101,7 @@ def option_id(options):
 
 @pytest.mark.parametrize(("history", "padding"), HISTORIES)
 @pytest.mark.parametrize("softmax_over", SOFTMAX_AXES)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", EVERY_WEIGHT)
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
 def test_weights_and_paddings(backend, dtype, weight, softmax_over, history, padding):
     routing_call(
@@ -68,11 +110,19 @@ def test_weights_and_paddings(backend, dtype, weight, softmax_over, history, pad
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", EVERY_WEIGHT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_shapes(backend, dtype, weight, shape):
     shape = {**shape, "b": some_users(backend, shape["b"])}
     routing_call(weight=weight, history="mask", dtype=dtype, **shape).verify(backend)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("weight", EVERY_WEIGHT)
+def test_shapes_with_a_full_gradient(backend, weight, shape):
+    options = {"gradient": "full", "normalize_agreement": len(weight) % 2 == 0}
+    call = routing_call(weight=weight, history="mask", logits="one", **options, **shape)
+    gentle(call).verify(backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_id)
@@ -83,8 +133,15 @@ def test_options(backend, dtype, weight, options):
 
 
 @st.composite
-def calls(draw, users):
-    """Any combination of shapes and options that a kernel serves, for up to so many users."""
+def calls(draw, users, every_option):
+    """Any combination of shapes and options, or of those that the kernels of every device serve."""
+    options = {}
+    if every_option:
+        options = {
+            "update": draw(st.sampled_from(UPDATES)),
+            "normalize_agreement": draw(st.booleans()),
+            "gradient": draw(st.sampled_from(GRADIENTS)),
+        }
     form = draw(st.sampled_from(SQUASH_FORMS))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     return routing_call(
@@ -93,7 +150,7 @@ def calls(draw, users):
         k=draw(st.integers(1, 9)),
         d_in=draw(st.integers(1, 20)),
         d=draw(st.integers(1, 20)),
-        weight=draw(st.sampled_from(WEIGHTS)),
+        weight=draw(st.sampled_from(EVERY_WEIGHT if every_option else WEIGHTS)),
         logits=draw(st.sampled_from((None, "one", "batch"))),
         history=draw(st.sampled_from(("all", "mask", "lengths"))),
         absent_capsules=draw(st.booleans()),
@@ -101,6 +158,7 @@ def calls(draw, users):
         iterations=draw(st.integers(1, 4)),
         softmax_over=draw(st.sampled_from(SOFTMAX_AXES)),
         padding=draw(st.sampled_from(PADDINGS)),
+        **options,
         inner_squash=draw(st.booleans()),
         final_squash=draw(st.booleans()),
         temperature=draw(st.sampled_from((0.7, 1.0, 2.0))),
@@ -110,13 +168,14 @@ def calls(draw, users):
 
 
 @pytest.mark.slow
-def test_combinations(backend):
+@pytest.mark.parametrize("every_option", [False, True])
+def test_combinations(backend, every_option):
     examples = 25 if interpreted(backend) else 100
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(calls(some_users(backend, 40)))
+    @given(calls(some_users(backend, 40), every_option))
     def check(call):
-        call.verify(backend)
+        gentle(call).verify(backend)
 
     check()
 
@@ -136,11 +195,12 @@ MUTATIONS = {
     "lengths for mask": {"mask": None, "lengths": torch.tensor([0, 6, 3, 2, 1])},
     "capsule_mask": {"capsule_mask": torch.tensor([[True, False, True]]).repeat(5, 1)},
 }
-REFERENCE_MUTATIONS = {
+CPU_MUTATIONS = {
     "update replace": {"update": "replace"},
     "update coupling": {"update": "coupling"},
     "normalize_agreement": {"normalize_agreement": True},
 }
+"""What no kernel of another device offers yet."""
 
 
 def changed(call, backend, options):
@@ -169,11 +229,12 @@ def test_padding_ignore_differs_from_zero_after_only_over_inputs(backend):
         assert distance > 1e-2 if differs else distance < 1e-12
 
 
-@pytest.mark.parametrize("mutation", REFERENCE_MUTATIONS)
-def test_every_option_of_the_reference_counts(mutation):
-    call = routing_call(weight="per_position", history="mask", dtype=torch.float64)
+@pytest.mark.parametrize("mutation", CPU_MUTATIONS)
+@pytest.mark.parametrize("weight", EVERY_WEIGHT)
+def test_every_option_of_the_cpu_counts(backend, weight, mutation):
+    call = routing_call(weight=weight, history="mask", dtype=torch.float64)
     call = unsaturated(call)
-    assert changed(call, "auto", REFERENCE_MUTATIONS[mutation]) > 1e-2
+    assert changed(call, backend, CPU_MUTATIONS[mutation]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -186,14 +247,22 @@ def test_every_option_of_the_reference_counts(mutation):
     ],
     ids=option_id,
 )
-def test_what_no_kernel_offers_falls_back_or_says_so(backend, options):
+def test_what_only_the_cpu_offers_is_said_by_the_others(options):
     call = routing_call(**options)
-    for mine, other in zip(
-        call.gradients(backend="auto"), call.gradients(backend="reference"), strict=True
-    ):
-        assert torch.equal(mine, other)
-    with pytest.raises(BackendUnavailable, match="no kernel yet"):
-        call(backend=backend)
+    reasons = backends.explain(call.op, *call.args, **call.options)
+    assert reasons["native"] == reasons["reference"] == []
+    (reason,) = reasons["triton"]
+    if backends.available()["triton"] is None:
+        assert re.match("no Triton kernel for .* in this version", reason)
+        with pytest.raises(BackendUnavailable, match=re.escape(reason)):
+            call(backend="triton")
+
+
+@pytest.mark.parametrize("options", CPU_OPTIONS, ids=option_id)
+@pytest.mark.parametrize("weight", EVERY_WEIGHT)
+@pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
+def test_options_of_the_cpu(backend, dtype, weight, options):
+    gentle(routing_call(weight=weight, dtype=dtype, **options)).verify(backend)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -290,18 +359,53 @@ def test_a_gradient_that_nobody_wants_is_not_computed(backend):
     assert not ops.dynamic_routing(*call.args[:2], logits, backend=backend).requires_grad
 
 
+@pytest.mark.parametrize("weight", ["shared", "per_position"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_logits_alone_get_a_full_gradient(backend, weight, rows):
+    call = routing_call(weight=weight, dtype=torch.float64, gradient="full")
+    call = unsaturated(call)
+    inputs, matrix, logits = call.args
+    logits = logits[:rows].clone().requires_grad_()
+    grads = [
+        torch.autograd.grad(
+            ops.dynamic_routing(inputs, matrix, logits, gradient="full", backend=name).sum(), logits
+        )[0]
+        for name in (backend, "reference")
+    ]
+    assert grads[0].shape == logits.shape
+    assert grads[0].abs().max() > 1e-3
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_votes_shorter_than_the_eps_of_their_norm(backend):
+    """torch.nn.functional.normalize divides by 1e-12 then, and has another gradient."""
+    call = routing_call(
+        weight="votes", dtype=torch.float64, gradient="full", normalize_agreement=True
+    )
+    call.args[0][:, :, 1] *= 1e-14
+    call.args[0][:, :, 2] = 0
+    _, *found = call.gradients(backend=backend)
+    _, *expected = call.gradients(backend="reference")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+
+
 def test_large_history_and_batch(backend):
     """More users than a block of lanes, more positions than fit a cache line."""
+    shape = {"b": some_users(backend, 130), "length": 200, "k": 3, "d_in": 5, "d": 5}
     for weight in WEIGHTS:
-        routing_call(
-            b=some_users(backend, 130),
-            length=200,
-            k=3,
-            d_in=5,
-            d=5,
-            weight=weight,
-            history="lengths",
-        ).verify(backend)
+        routing_call(weight=weight, history="lengths", **shape).verify(backend)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_large_history_and_batch_with_a_weight_per_position(backend, gradient):
+    """Several chunks of positions, the last one short."""
+    shape = {"b": 130, "length": 70, "k": 3, "d_in": 5, "d": 5}
+    for axis in SOFTMAX_AXES:
+        call = routing_call(
+            weight="per_position", history="mask", gradient=gradient, softmax_over=axis, **shape
+        )
+        gentle(call).verify(backend)
 
 
 def test_random_numbers_are_never_drawn(backend):

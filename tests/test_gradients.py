@@ -1,11 +1,13 @@
 """First and second derivatives against finite differences and against the reference."""
 
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
 from cases import (
     EVERY_OP,
+    EVERY_WEIGHT,
     WEIGHTS,
     Call,
     attention_call,
@@ -19,7 +21,14 @@ from cases import (
 from torch.autograd import gradcheck, gradgradcheck
 
 from mimnet_fast import ops
-from mimnet_fast._options import PADDINGS, SOFTMAX_AXES, SQUASH_FORMS
+from mimnet_fast._options import PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES
+
+
+def full_routing_call(**options):
+    """Three iterations, differentiated through all of them."""
+    options = {"history": "mask", "absent_capsules": True, "final_squash": False, **options}
+    return routing_call(**{**options, "gradient": "full", "iterations": 3})
+
 
 # One iteration: with more, a last-pass gradient is not the derivative of the function.
 SMALL = {
@@ -46,6 +55,27 @@ SMALL = {
     },
     **{f"dynamic_routing-{form}": partial(routing_call, squash=form) for form in SQUASH_FORMS[1:]},
     "dynamic_routing-open": partial(routing_call, final_squash=False),
+    "dynamic_routing-per_position": partial(routing_call, weight="per_position", history="mask"),
+    **{
+        f"dynamic_routing-full-{weight}-{axis}-{update}{'-normalized' * normalize}": partial(
+            full_routing_call,
+            weight=weight,
+            softmax_over=axis,
+            update=update,
+            normalize_agreement=normalize,
+            padding=padding,
+            logits=logits,
+        )
+        for weight, axis, update, normalize, padding, logits in zip(
+            EVERY_WEIGHT * 4,
+            ("capsules",) * 10 + ("inputs",) * 10,
+            cycle(UPDATES),
+            ((False,) * 5 + (True,) * 5) * 2,
+            cycle(PADDINGS[::-1]),
+            cycle(("batch", "one")),
+            strict=False,
+        )
+    },
     "interest_bridge": bridge_call,
     "interest_bridge-per_interest": partial(bridge_call, per_interest=True),
     **{
@@ -63,6 +93,7 @@ SMALL = {
 }
 SIZES = {
     routing_call: {"b": 3, "length": 3, "k": 2, "d_in": 2, "d": 3, "iterations": 1},
+    full_routing_call: {"b": 3, "length": 3, "k": 2, "d_in": 2, "d": 3},
     bridge_call: {"b": 2, "k": 2, "d_i": 2, "d_s": 3, "d_t": 2, "h": 3},
     attention_call: {"b": 3, "k": 3, "d": 2},
     fusion_call: {"b": 2, "k": 2, "d": 2},
@@ -83,7 +114,7 @@ def small(name) -> Call:
 
 
 def function_of(call, backend):
-    """The op as a function of the tensors that need a gradient; routing logits are constants."""
+    """The op as a function of the tensors that need a gradient, without logits that get none."""
     leaves = [t for t in call.leaves() if t.shape != logits_shape(call)]
 
     def function(*tensors):
@@ -97,8 +128,9 @@ def function_of(call, backend):
 
 
 def logits_shape(call):
+    """Of logits that are constants."""
     if call.op is ops.dynamic_routing:
-        return call.args[2].shape
+        return None if call.options.get("gradient") == "full" else call.args[2].shape
     return call.args[5].shape if call.op is ops.mimnet_forward else None
 
 
@@ -151,6 +183,9 @@ def test_second_derivative_is_that_of_the_reference(backend, name):
         {"squash": "norm_plus_eps"},
         {"eps": 1.0},
         {"squash": "pow_clamp", "power": 0.4},
+        {"update": "coupling"},
+        {"normalize_agreement": True},
+        {"gradient": "full"},
     ],
     ids=str,
 )

@@ -1,6 +1,9 @@
 """What the ops read and write: strides, every element of an output, no user's data for another."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,6 +234,32 @@ def test_bit_identical_from_run_to_run_and_for_any_number_of_threads(backend, b,
         torch.set_num_threads(before)
     for run in runs[1:]:
         equal(run, runs[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "full", "normalize_agreement": True}])
+def test_votes_of_a_weight_per_position_are_never_held(options):
+    """Neither as a tensor nor in a kernel's own memory: the process grows by less than that."""
+    b, length, k, d = 256, 64, 16, 64
+    votes = 4 * b * length * k * d
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from cases import routing_call
+torch.set_num_threads(1)
+sizes = dict(b={b}, length={length}, k={k}, d_in=8, d={d}, weight="per_position")
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+routing_call(**{{**sizes, "b": 1}}, **{options}).gradients(backend="native")
+call = routing_call(**sizes, **{options})
+before = peak()
+call.gradients(backend="native")
+print(peak() - before)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < votes / 2
 
 
 @every_op

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, EVERY_OP, dtype_id, mimnet_call, routing_call
+from cases import DTYPES, EVERY_OP, attention_call, dtype_id, mimnet_call, routing_call
 
 from mimnet_fast import BackendUnavailable, ops, verify
 
@@ -121,7 +121,7 @@ def test_empty_batch():
 
 
 def test_a_backend_that_cannot_serve():
-    call = routing_call(gradient="full")
+    call = attention_call(power=2.0)
     with pytest.raises(BackendUnavailable):
         verify(call.op, *call.args, **call.options, backend="native")
     assert verify(call.op, *call.args, **call.options), "auto is the reference here"

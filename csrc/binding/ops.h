@@ -23,11 +23,16 @@ Tensor squash_backward(Tensor grad, Tensor x, int64_t form, double eps, double p
 Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor logits,
                          OptionalTensor mask, OptionalTensor capsule_mask, int64_t num_capsules,
                          int64_t iterations, int64_t softmax_over, int64_t padding,
+                         int64_t update, bool normalize_agreement, bool full_gradient,
                          bool inner_squash, bool final_squash, double temperature, int64_t squash,
                          double eps, double power);
-Tensors2 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
-                                  Tensor coupling, Tensor pooled, bool final_squash, int64_t squash,
-                                  double eps, double power, int64_t needs);
+Tensors3 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
+                                  OptionalTensor logits, OptionalTensor mask,
+                                  OptionalTensor capsule_mask, Tensor coupling, Tensor pooled,
+                                  int64_t iterations, int64_t softmax_over, int64_t padding,
+                                  int64_t update, bool normalize_agreement, bool full_gradient,
+                                  bool inner_squash, bool final_squash, double temperature,
+                                  int64_t squash, double eps, double power, int64_t needs);
 
 Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2, Tensor b2);
 Tensors6 interest_bridge_backward(Tensor grad, Tensor interests, Tensor source, Tensor w1,

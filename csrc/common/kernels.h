@@ -19,21 +19,23 @@ struct SquashArgs {
 
 struct RoutingArgs {
   View inputs;        // [B,L,D_in], or votes [B,K,L,D] without a weight
-  View weight;        // none, [D_in,D] or [K,D_in,D]
+  View weight;        // none, [D_in,D], [K,D_in,D] or [L,K,D_in,D]
   View logits;        // none, [B,K,L] or [1,K,L]
   View mask;          // none, bool [B,L] or lengths [B]
   View capsule_mask;  // none or bool [B,K]
   int64_t capsules, iterations;
   SoftmaxAxis axis;
   Padding padding;
+  Update update;
+  bool normalize_agreement, full_gradient;
   bool inner_squash, final_squash;
   double temperature;
   Squash squash;
   View out;       // [B,K,D]
   View coupling;  // [B,K,L]
-  View pooled;    // [B,K,D_in]
+  View pooled;    // [B,K,D_in], or [B,K,D] with a weight per position
   // Backward only: the gradient of out, and what is wanted.
-  View grad, grad_inputs, grad_weight;
+  View grad, grad_inputs, grad_weight, grad_logits;
   Execution execution;
 };
 

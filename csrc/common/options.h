@@ -18,6 +18,8 @@ enum class SoftmaxAxis : int64_t { capsules, inputs };
 
 enum class Padding : int64_t { zero_after, fill_before, ignore };
 
+enum class Update : int64_t { accumulate, replace, coupling };
+
 // The logit that Padding::fill_before writes over padded positions.
 constexpr double kPaddingLogit = -1e9;
 

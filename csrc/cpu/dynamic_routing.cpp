@@ -27,19 +27,22 @@ MIMNET_FAST_INLINE void softmax(Vec<T>* x, int64_t count, int64_t stride, const 
   for (int64_t i = 0; i < count; ++i) x[i * stride] *= inverse;
 }
 
+}  // namespace
+
 template <class T>
-void couple(const RoutingPlan<T>& p, RoutingState<T>& s) {
+void softmax_logits(const RoutingPlan<T>& p, const RoutingLogits<T>& s, int64_t begin,
+                    int64_t end) {
   const int64_t k = p.capsules, length = p.length;
   const bool fill = s.mask != nullptr && p.padding == Padding::fill_before;
   for (int64_t i = 0; i < k; ++i) {
-    for (int64_t l = 0; l < length; ++l) {
+    for (int64_t l = begin; l < end; ++l) {
       const Vec<T> logit = s.logits[i * length + l] * p.inverse_temperature;
       s.coupling[i * length + l] =
           fill ? select(s.mask[l] > T(0), logit, splat(T(kPaddingLogit))) : logit;
     }
   }
   if (p.axis == SoftmaxAxis::capsules) {
-    for (int64_t l = 0; l < length; ++l) softmax<T>(s.coupling + l, k, length, s.present);
+    for (int64_t l = begin; l < end; ++l) softmax<T>(s.coupling + l, k, length, s.present);
   } else {
     const Vec<T>* keep = p.padding == Padding::ignore ? s.mask : nullptr;
     for (int64_t i = 0; i < k; ++i) {
@@ -50,14 +53,15 @@ void couple(const RoutingPlan<T>& p, RoutingState<T>& s) {
       }
     }
   }
-  if (s.mask != nullptr && !fill) {
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t l = 0; l < length; ++l) s.coupling[i * length + l] *= s.mask[l];
-    }
-  }
 }
 
-}  // namespace
+template <class T>
+void mask_coupling(const RoutingPlan<T>& p, const RoutingLogits<T>& s) {
+  if (s.mask == nullptr || p.padding == Padding::fill_before) return;
+  for (int64_t i = 0; i < p.capsules; ++i) {
+    for (int64_t l = 0; l < p.length; ++l) s.coupling[i * p.length + l] *= s.mask[l];
+  }
+}
 
 template <class T>
 void apply_routing_weight(const RoutingPlan<T>& p, Vec<T>* capsules, const Vec<T>* pooled) {
@@ -93,7 +97,7 @@ void apply_routing_weight_transposed(const RoutingPlan<T>& p, Vec<T>* pooled_gra
 }
 
 template <class T>
-void load_routing_options(const RoutingPlan<T>& p, RoutingState<T>& s, const View& logits,
+void load_routing_options(const RoutingPlan<T>& p, RoutingLogits<T>& s, const View& logits,
                           const View& mask, const View& capsule_mask, Group group) {
   if (logits) {
     load_matrix<T>(s.logits, logits, group);
@@ -124,54 +128,91 @@ void load_routing_options(const RoutingPlan<T>& p, RoutingState<T>& s, const Vie
 }
 
 template <class T>
-void route(const RoutingPlan<T>& p, RoutingState<T>& s) {
-  const int64_t k = p.capsules, length = p.length, d_in = p.d_in, d = p.d;
-  const bool own_votes = p.kind == RoutingWeight::none_per_capsule;
-  for (int64_t step = 1;; ++step) {
-    couple(p, s);
-    if (own_votes) {
-      for (int64_t i = 0; i < k; ++i) {
-        multiply<T>({s.pooled + i * d_in, d_in, 1}, {s.coupling + i * length, length, 1},
-                    ConstLaneMatrix<T>{s.inputs + i * length * d_in, d_in, 1}, 1, d_in, length,
-                    false);
-      }
-    } else {
-      multiply<T>({s.pooled, d_in, 1}, {s.coupling, length, 1},
-                  ConstLaneMatrix<T>{s.inputs, d_in, 1}, k, d_in, length, false);
+void pool_inputs(const RoutingPlan<T>& p, Vec<T>* pooled, const Vec<T>* coefficients,
+                 const Vec<T>* inputs) {
+  const int64_t k = p.capsules, length = p.length, d_in = p.d_in;
+  if (p.kind == RoutingWeight::none_per_capsule) {
+    for (int64_t i = 0; i < k; ++i) {
+      multiply<T>({pooled + i * d_in, d_in, 1}, {coefficients + i * length, length, 1},
+                  ConstLaneMatrix<T>{inputs + i * length * d_in, d_in, 1}, 1, d_in, length, false);
     }
+  } else {
+    multiply<T>({pooled, d_in, 1}, {coefficients, length, 1}, ConstLaneMatrix<T>{inputs, d_in, 1},
+                k, d_in, length, false);
+  }
+}
+
+template <class T>
+void compare_inputs(const RoutingPlan<T>& p, Vec<T>* out, const Vec<T>* back, const Vec<T>* inputs,
+                    bool accumulate) {
+  const int64_t k = p.capsules, length = p.length, d_in = p.d_in;
+  if (p.kind == RoutingWeight::none_per_capsule) {
+    for (int64_t i = 0; i < k; ++i) {
+      multiply<T>({out + i * length, length, 1}, {back + i * d_in, d_in, 1},
+                  ConstLaneMatrix<T>{inputs + i * length * d_in, 1, d_in}, 1, length, d_in,
+                  accumulate);
+    }
+  } else {
+    multiply<T>({out, length, 1}, {back, d_in, 1}, ConstLaneMatrix<T>{inputs, 1, d_in}, k, length,
+                d_in, accumulate);
+  }
+}
+
+template <class T>
+void route(const RoutingPlan<T>& p, RoutingState<T>& s) {
+  for (int64_t step = 1;; ++step) {
+    softmax_logits(p, s, 0, p.length);
+    mask_coupling(p, s);
+    pool_inputs(p, s.pooled, s.coupling, s.inputs);
     apply_routing_weight(p, s.capsules, s.pooled);
     if (step == p.iterations) return;
     if (p.inner_squash) {
-      for (int64_t i = 0; i < k; ++i) squash_lanes<T>(s.capsules + i * d, d, p.squash);
+      for (int64_t i = 0; i < p.capsules; ++i) squash_lanes<T>(s.capsules + i * p.d, p.d, p.squash);
     }
     apply_routing_weight_transposed(p, s.back, s.capsules);
-    if (own_votes) {
-      for (int64_t i = 0; i < k; ++i) {
-        multiply<T>({s.logits + i * length, length, 1}, {s.back + i * d_in, d_in, 1},
-                    ConstLaneMatrix<T>{s.inputs + i * length * d_in, 1, d_in}, 1, length, d_in,
-                    true);
-      }
-    } else {
-      multiply<T>({s.logits, length, 1}, {s.back, d_in, 1}, ConstLaneMatrix<T>{s.inputs, 1, d_in},
-                  k, length, d_in, true);
-    }
+    compare_inputs(p, s.logits, s.back, s.inputs, true);
   }
 }
 
 template <class T>
 void routing_input_gradient(const RoutingPlan<T>& p, Vec<T>* grad, const Vec<T>* coupling,
-                            const Vec<T>* pooled_grad) {
+                            const Vec<T>* pooled_grad, int64_t terms) {
   const int64_t k = p.capsules, length = p.length, d_in = p.d_in;
   if (p.kind == RoutingWeight::none_per_capsule) {
-    for (int64_t i = 0; i < k * length; ++i) {
-      for (int64_t d = 0; d < d_in; ++d) {
-        grad[i * d_in + d] = coupling[i] * pooled_grad[i / length * d_in + d];
+    for (int64_t term = 0; term < terms; ++term) {
+      const Vec<T>* scale = coupling + term * k * length;
+      const Vec<T>* vector = pooled_grad + term * k * d_in;
+      for (int64_t i = 0; i < k * length; ++i) {
+        for (int64_t d = 0; d < d_in; ++d) {
+          const Vec<T> share = scale[i] * vector[i / length * d_in + d];
+          grad[i * d_in + d] = term == 0 ? share : grad[i * d_in + d] + share;
+        }
       }
     }
   } else {
     multiply<T>({grad, d_in, 1}, {coupling, 1, length}, ConstLaneMatrix<T>{pooled_grad, d_in, 1},
-                length, d_in, k, false);
+                length, d_in, terms * k, false);
   }
+}
+
+template <class T>
+void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const View& out,
+                         const Parallel& parallel) {
+  const int64_t length = out.size[2], count = out.size[1] * length, full = blocks.batch / kLanes<T>;
+  with_storage(out.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    parallel(count, blocks.groups, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Vec<T> sum{};
+        for (int64_t g = 0; g < full; ++g) sum += grads[g * count + i];
+        T total = 0;
+        for (int w = 0; w < kLanes<T>; ++w) total += sum[w];
+        for (int64_t w = 0; w < blocks.batch % kLanes<T>; ++w) total += grads[full * count + i][w];
+        S* to = reinterpret_cast<S*>(at(out, 0, i / length, i % length));
+        *to = narrow<S>(total);
+      }
+    });
+  });
 }
 
 namespace {
@@ -184,13 +225,16 @@ RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight) {
   p.capsules = args.capsules;
   p.d_in = x.size[x.dims - 1];
   p.d = args.weight ? args.weight.size[args.weight.dims - 1] : p.d_in;
-  p.kind = args.weight
-               ? (args.weight.dims == 2 ? RoutingWeight::shared : RoutingWeight::per_capsule)
-               : (x.dims == 4 ? RoutingWeight::none_per_capsule : RoutingWeight::none);
+  constexpr RoutingWeight kinds[] = {RoutingWeight::shared, RoutingWeight::per_capsule,
+                                     RoutingWeight::per_position};
+  p.kind = args.weight ? kinds[args.weight.dims - 2]
+                       : (x.dims == 4 ? RoutingWeight::none_per_capsule : RoutingWeight::none);
   p.weight = weight;
   p.iterations = args.iterations;
   p.axis = args.axis;
   p.padding = args.padding;
+  p.update = args.update;
+  p.normalize_agreement = args.normalize_agreement;
   p.inner_squash = args.inner_squash;
   p.final_squash = args.final_squash;
   p.inverse_temperature = T(1 / args.temperature);
@@ -218,34 +262,147 @@ void store_inputs(const RoutingPlan<T>& p, const Vec<T>* lanes, const View& inpu
   }
 }
 
+// To normalise the votes of a shared weight takes all of them, L x D, and then they are the better
+// inputs: those of a routing without a weight.
+template <class T>
+bool routes_votes(const RoutingPlan<T>& p) {
+  return p.kind == RoutingWeight::shared && p.normalize_agreement;
+}
+
+template <class T>
+RoutingPlan<T> plan_of_votes(RoutingPlan<T> p) {
+  p.kind = RoutingWeight::none;
+  p.weight = nullptr;
+  p.d_in = p.d;
+  return p;
+}
+
+template <class T>
+void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
+  multiply<T>({votes, p.d, 1}, {inputs, p.d_in, 1}, SharedMatrix<T>(p.weight, p.d, 1), p.length,
+              p.d, p.d_in, false);
+}
+
 template <class T>
 void forward(const RoutingArgs& args) {
   const Parameter<T> weight(args.weight);
   const RoutingPlan<T> p = make_plan(args, weight.get());
+  if (p.kind == RoutingWeight::per_position) return route_positions(args, p);
+  const bool of_votes = routes_votes(p);
+  const RoutingPlan<T> routed = of_votes ? plan_of_votes(p) : p;
+  const bool usual = p.update == Update::accumulate && !p.normalize_agreement;
   const Blocks<T> blocks(args.inputs.size[0], args.execution.parallel.threads);
   args.execution.parallel(blocks.groups, p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(RoutingState<T>::vectors(p));
-    RoutingState<T> s(p, scratch);
+    Scratch<T> scratch(RoutingState<T>::vectors(routed) +
+                       (of_votes ? p.input_vectors() + p.capsules * p.d_in : 0));
+    RoutingState<T> s(routed, scratch);
+    Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
+    Vec<T>* pooled = of_votes ? scratch.take(p.capsules * p.d_in) : s.pooled;
     for (int64_t g = begin; g < end; ++g) {
       const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
-      load_inputs(p, s.inputs, args.inputs, group);
+      load_inputs(p, inputs, args.inputs, group);
       load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
-      route(p, s);
+      if (of_votes) form_votes(p, s.inputs, inputs);
+      if (usual) {
+        route(p, s);
+      } else {
+        route_any(routed, s);
+      }
+      if (of_votes) pool_inputs(p, pooled, s.coupling, inputs);
       if (p.final_squash) {
         for (int64_t k = 0; k < p.capsules; ++k)
           squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);
       }
       store_matrix<T>(s.capsules, args.out, group);
       store_matrix<T>(s.coupling, args.coupling, group);
-      store_matrix<T>(s.pooled, args.pooled, group);
+      store_matrix<T>(pooled, args.pooled, group);
     }
   });
 }
 
+// The weight gradient from `rows` rows that every user has left.
 template <class T>
-void backward(const RoutingArgs& args) {
-  const Parameter<T> weight(args.weight);
-  const RoutingPlan<T> p = make_plan(args, weight.get());
+void add_up_weight_gradient(const RoutingArgs& args, const RoutingPlan<T>& p, const Rows<T>& inputs,
+                            const Rows<T>& grads, int64_t rows) {
+  if (!args.grad_weight) return;
+  const int64_t matrices = p.kind == RoutingWeight::per_capsule ? p.capsules : 1;
+  rows *= args.inputs.size[0];
+  for (int64_t i = 0; i < matrices; ++i) {
+    // Row r of capsule i stands at r * matrices + i; a shared weight takes all rows alike.
+    WeightGradients<T> gradients;
+    gradients.add({inputs.get() + i * inputs.width, matrices * inputs.width,
+                   grads.get() + i * grads.width, matrices * grads.width, rows / matrices, p.d_in,
+                   p.d, matrix_of(args.grad_weight, i)});
+    gradients.run_all(args.execution.parallel);
+  }
+}
+
+template <class T>
+void full_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
+  const bool of_votes = routes_votes(p);
+  const RoutingPlan<T> routed = of_votes ? plan_of_votes(p) : p;
+  const int64_t batch = args.inputs.size[0], kl = p.capsules * p.length;
+  const int64_t terms = RoutingTrace<T>::terms(p);
+  const int64_t rows = of_votes ? p.length : terms * p.capsules;
+  Rows<T> input_rows, grad_rows;
+  if (args.grad_weight) {
+    input_rows.allocate(batch * rows, p.d_in);
+    grad_rows.allocate(batch * rows, p.d);
+  }
+  const auto save = [&](const Vec<T>* inputs, const Vec<T>* grads, Group group) {
+    if (!args.grad_weight) return;
+    for (int64_t i = 0; i < rows; ++i) {
+      save_rows<T>(input_rows.get(), input_rows.width, inputs + i * p.d_in, p.d_in, group, rows, i);
+      save_rows<T>(grad_rows.get(), grad_rows.width, grads + i * p.d, p.d, group, rows, i);
+    }
+  };
+  const Blocks<T> blocks(batch, args.execution.parallel.threads);
+  const bool common_logits = args.grad_logits && args.grad_logits.size[0] == 1;
+  const Buffer<Vec<T>> logit_grads(common_logits ? blocks.groups * kl : 0);
+  args.execution.parallel(blocks.groups, 3 * p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(RoutingState<T>::vectors(routed) + RoutingTrace<T>::vectors_of(routed) +
+                       routed.input_vectors() + (of_votes ? 2 * p.input_vectors() : 0));
+    RoutingState<T> s(routed, scratch);
+    const RoutingTrace<T> trace(routed, scratch);
+    Vec<T>* routed_grad = scratch.take(routed.input_vectors());
+    Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
+    Vec<T>* input_grad = of_votes ? scratch.take(p.input_vectors()) : routed_grad;
+    Vec<T>* grad = trace.vectors + (terms - 1) * p.capsules * p.d;
+    for (int64_t g = begin; g < end; ++g) {
+      const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
+      load_inputs(p, inputs, args.inputs, group);
+      load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
+      if (of_votes) form_votes(p, s.inputs, inputs);
+      route_any(routed, s, &trace);
+      load_matrix<T>(grad, args.grad, group);
+      for (int64_t i = 0; p.final_squash && i < p.capsules; ++i) {
+        squash_backward_lanes<T>(grad + i * p.d, s.capsules + i * p.d, p.d, p.squash);
+      }
+      route_backward(routed, s, trace, bool(args.grad_logits));
+      if (common_logits) {
+        copy_vectors<T>(logit_grads.get() + g * kl, trace.logit_grad, kl);
+      } else if (args.grad_logits) {
+        store_matrix<T>(trace.logit_grad, args.grad_logits, group);
+      }
+      if (!of_votes) save(trace.pooled, trace.vectors, group);
+      if (!of_votes && !args.grad_inputs) continue;
+      traced_input_gradient(routed, routed_grad, s, trace);
+      if (of_votes) {
+        save(inputs, routed_grad, group);
+        multiply<T>({input_grad, p.d_in, 1}, {routed_grad, p.d, 1},
+                    SharedMatrix<T>(p.weight, 1, p.d), p.length, p.d_in, p.d, false);
+      }
+      if (args.grad_inputs) store_inputs(p, input_grad, args.grad_inputs, group);
+    }
+  });
+  if (common_logits) {
+    sum_logit_gradients(logit_grads.get(), blocks, args.grad_logits, args.execution.parallel);
+  }
+  add_up_weight_gradient(args, p, input_rows, grad_rows, rows);
+}
+
+template <class T>
+void last_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
   const int64_t batch = args.inputs.size[0], k = p.capsules;
   Rows<T> pooled_rows, capsule_rows;
   if (args.grad_weight) {
@@ -287,22 +444,18 @@ void backward(const RoutingArgs& args) {
       }
     }
   });
-  if (!args.grad_weight) return;
-  const int64_t pw = pooled_rows.width, cw = capsule_rows.width;
-  const int64_t matrices = p.kind == RoutingWeight::per_capsule ? k : 1;
-  for (int64_t i = 0; i < matrices; ++i) {
-    // Row r of capsule i stands at r * matrices + i; a shared weight takes all rows alike.
-    WeightGradients<T> gradients;
-    View out = args.grad_weight;
-    if (out.dims == 3) {
-      out.data = at(out, i);
-      out.dims = 2;
-      for (int d = 0; d < 2; ++d) out.stride[d] = args.grad_weight.stride[d + 1];
-    }
-    gradients.add({pooled_rows.get() + i * pw, matrices * pw, capsule_rows.get() + i * cw,
-                   matrices * cw, batch * k / matrices, p.d_in, p.d, out});
-    gradients.run_all(args.execution.parallel);
-  }
+  add_up_weight_gradient(args, p, pooled_rows, capsule_rows, k);
+}
+
+template <class T>
+void backward(const RoutingArgs& args) {
+  const Parameter<T> weight(args.weight);
+  const RoutingPlan<T> p = make_plan(args, weight.get());
+  // Votes of a weight per capsule that are normalised have a gradient along each of them.
+  const bool every_vote =
+      p.kind == RoutingWeight::per_capsule && p.normalize_agreement && args.full_gradient;
+  if (p.kind == RoutingWeight::per_position || every_vote) return route_positions_backward(args, p);
+  args.full_gradient ? full_backward(args, p) : last_backward(args, p);
 }
 
 }  // namespace
@@ -316,13 +469,21 @@ void dynamic_routing_backward(const RoutingArgs& args) {
 }
 
 #define MIMNET_FAST_INSTANTIATE(T)                                                                 \
-  template void load_routing_options<T>(const RoutingPlan<T>&, RoutingState<T>&, const View&,      \
+  template void load_routing_options<T>(const RoutingPlan<T>&, RoutingLogits<T>&, const View&,     \
                                         const View&, const View&, Group);                          \
+  template void softmax_logits<T>(const RoutingPlan<T>&, const RoutingLogits<T>&, int64_t,         \
+                                  int64_t);                                                        \
+  template void mask_coupling<T>(const RoutingPlan<T>&, const RoutingLogits<T>&);                  \
+  template void pool_inputs<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*);      \
+  template void compare_inputs<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*,    \
+                                  bool);                                                           \
   template void route<T>(const RoutingPlan<T>&, RoutingState<T>&);                                 \
   template void apply_routing_weight<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*);            \
   template void apply_routing_weight_transposed<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*); \
   template void routing_input_gradient<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*,           \
-                                          const Vec<T>*);
+                                          const Vec<T>*, int64_t);                                 \
+  template void sum_logit_gradients<T>(const Vec<T>*, const Blocks<T>&, const View&,               \
+                                       const Parallel&);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

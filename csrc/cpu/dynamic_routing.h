@@ -1,12 +1,13 @@
 // Dynamic routing of one group of users.
 #pragma once
 
+#include "../common/kernels.h"
 #include "matmul.h"
 #include "memory.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 
-enum class RoutingWeight { none, none_per_capsule, shared, per_capsule };
+enum class RoutingWeight { none, none_per_capsule, shared, per_capsule, per_position };
 
 template <class T>
 struct RoutingPlan {
@@ -16,6 +17,8 @@ struct RoutingPlan {
   int64_t iterations;
   SoftmaxAxis axis;
   Padding padding;
+  Update update;
+  bool normalize_agreement;
   bool inner_squash, final_squash;
   T inverse_temperature;
   Squash squash;
@@ -30,41 +33,92 @@ struct RoutingPlan {
   }
 };
 
-// The arrays of one group; the sizes are in vectors.
+// The logits of one group on their way to couplings.
 template <class T>
-struct RoutingState {
-  Vec<T>* inputs;    // L x D_in, or K x L x D
+struct RoutingLogits {
   Vec<T>* logits;    // K x L, changed by routing
   Vec<T>* coupling;  // K x L
-  Vec<T>* pooled;    // K x D_in
-  Vec<T>* capsules;  // K x D: the last weighted sums after the weight, not squashed
-  Vec<T>* back;      // K x D_in: capsules seen from the input space
   Vec<T>* mask;      // L: 1 at real items, else 0; null without a mask
   Vec<T>* present;   // K: 1 at real capsules, else 0; null without a capsule mask
+};
+
+// The arrays of one group; the sizes are in vectors.
+template <class T>
+struct RoutingState : RoutingLogits<T> {
+  Vec<T>* inputs;        // L x D_in, or K x L x D
+  Vec<T>* pooled;        // K x D_in
+  Vec<T>* capsules;      // K x D: the last weighted sums after the weight, not squashed
+  Vec<T>* back;          // K x D_in: capsules seen from the input space
+  Vec<T>* agreement;     // K x L, and
+  Vec<T>* inverse_norm;  // K x L: 1 / |vote|; both only to normalise the agreement
+  Vec<T>* votes;         // a tile of them, to find their norms
 
   static int64_t vectors(const RoutingPlan<T>& p) {
-    return p.input_vectors() + 2 * p.capsules * p.length + 2 * p.capsules * p.d_in +
-           p.capsules * p.d + p.length + p.capsules;
+    return p.input_vectors() + (p.normalize_agreement ? 4 : 2) * p.capsules * p.length +
+           2 * p.capsules * p.d_in + p.capsules * p.d + p.length + p.capsules + tile_vectors(p);
+  }
+  static int64_t tile_vectors(const RoutingPlan<T>& p) {
+    return p.normalize_agreement && p.weight != nullptr ? kTileM * p.d : 0;
   }
   RoutingState(const RoutingPlan<T>& p, Scratch<T>& scratch)
-      : inputs(scratch.take(p.input_vectors())),
-        logits(scratch.take(p.capsules * p.length)),
-        coupling(scratch.take(p.capsules * p.length)),
+      : RoutingLogits<T>{scratch.take(p.capsules * p.length), scratch.take(p.capsules * p.length),
+                         scratch.take(p.length), scratch.take(p.capsules)},
+        inputs(scratch.take(p.input_vectors())),
         pooled(scratch.take(p.capsules * p.d_in)),
         capsules(scratch.take(p.capsules * p.d)),
         back(scratch.take(p.capsules * p.d_in)),
-        mask(scratch.take(p.length)),
-        present(scratch.take(p.capsules)) {}
+        agreement(scratch.take(p.normalize_agreement ? p.capsules * p.length : 0)),
+        inverse_norm(scratch.take(p.normalize_agreement ? p.capsules * p.length : 0)),
+        votes(scratch.take(tile_vectors(p))) {}
 };
 
-// Fills logits, mask and present of the state for one group; null pointers where nothing was given.
 template <class T>
-void load_routing_options(const RoutingPlan<T>& p, RoutingState<T>& s, const View& logits,
+MIMNET_FAST_INLINE void copy_vectors(Vec<T>* to, const Vec<T>* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// 1 / max(|x|, 1e-12), as torch.nn.functional.normalize has it.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> inverse_norm(const Vec<T>* x, int64_t count) {
+  Vec<T> norm2{};
+  for (int64_t d = 0; d < count; ++d) norm2 += x[d] * x[d];
+  return T(1) / maximum(sqrt(norm2), splat(T(1e-12)));
+}
+
+// d|x|/dx = x / |x|, so with u = x / |x| and a = v . u the gradient of a is (v - a u) / |x|: this
+// times a x is the second part. It is 0 where the norm was clamped.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> radial_factor(Vec<T> inverse_norm) {
+  return select(inverse_norm < T(0.99e12), inverse_norm * inverse_norm, Vec<T>{});
+}
+
+// Fills logits, mask and present for one group; null pointers where nothing was given.
+template <class T>
+void load_routing_options(const RoutingPlan<T>& p, RoutingLogits<T>& s, const View& logits,
                           const View& mask, const View& capsule_mask, Group group);
 
-// All iterations: coupling, pooled and capsules of the last one.
+// Softmax of the logits of positions [begin, end), all of them where it runs over the inputs, into
+// the coupling; what padding sets to 0 afterwards is still there.
+template <class T>
+void softmax_logits(const RoutingPlan<T>& p, const RoutingLogits<T>& s, int64_t begin, int64_t end);
+
+// Couplings become 0 at padded positions, unless their logits were filled before the softmax.
+template <class T>
+void mask_coupling(const RoutingPlan<T>& p, const RoutingLogits<T>& s);
+
+// All iterations: coupling, pooled and capsules of the last one. Logits accumulate agreements.
 template <class T>
 void route(const RoutingPlan<T>& p, RoutingState<T>& s);
+
+// pooled = inputs summed with the coefficients, K x L.
+template <class T>
+void pool_inputs(const RoutingPlan<T>& p, Vec<T>* pooled, const Vec<T>* coefficients,
+                 const Vec<T>* inputs);
+
+// out (+)= products of the K vectors of `back` with the inputs, K x L.
+template <class T>
+void compare_inputs(const RoutingPlan<T>& p, Vec<T>* out, const Vec<T>* back, const Vec<T>* inputs,
+                    bool accumulate);
 
 // capsules = pooled through the weight.
 template <class T>
@@ -76,9 +130,81 @@ void apply_routing_weight_transposed(const RoutingPlan<T>& p, Vec<T>* pooled_gra
                                      const Vec<T>* capsule_grad);
 
 // Gradient of the inputs of one group, K x L x D or L x D_in, from the coupling and the pooled
-// gradient.
+// gradient, or the sum of `terms` of them.
 template <class T>
 void routing_input_gradient(const RoutingPlan<T>& p, Vec<T>* grad, const Vec<T>* coupling,
-                            const Vec<T>* pooled_grad);
+                            const Vec<T>* pooled_grad, int64_t terms = 1);
+
+// What the iterations of one group leave for the full gradient, and what that is made of. The
+// gradient of a vote is a sum of terms, gu_kl = sum_j coefficients_jkl vectors_jk: term 2t is of
+// the weighted sum of iteration t (its coupling, the gradient of the sum), term 2t + 1 of the
+// agreement after it (the gradient of the agreement, the capsule). Votes never appear: a term gives
+// the inputs coefficients times `seen`, and the weight the outer product of `pooled` and its
+// vector.
+template <class T>
+struct RoutingTrace {
+  Vec<T>* coefficients;   // terms x K x L
+  Vec<T>* vectors;        // terms x K x D
+  Vec<T>* pooled;         // terms x K x D_in: the inputs summed with the coefficients
+  Vec<T>* seen;           // terms x K x D_in: the vectors seen from the input space
+  Vec<T>* softmax;        // iterations x K x L: couplings before the mask
+  Vec<T>* sums;           // iterations x K x D: capsules before the squash
+  Vec<T>* coupling_grad;  // K x L
+  Vec<T>* logit_grad;     // K x L
+  Vec<T>* agreement;      // iterations x K x L, and
+  Vec<T>* radial;         // K x L: what a normalised vote takes from its own gradient, times itself
+
+  static int64_t terms(const RoutingPlan<T>& p) { return 2 * p.iterations - 1; }
+  static int64_t vectors_of(const RoutingPlan<T>& p) {
+    const int64_t kl = p.capsules * p.length;
+    return terms(p) * (kl + p.capsules * (p.d + 2 * p.d_in)) +
+           p.iterations * (kl + p.capsules * p.d) + 2 * kl +
+           (p.normalize_agreement ? (p.iterations + 1) * kl : 0);
+  }
+  RoutingTrace(const RoutingPlan<T>& p, Scratch<T>& scratch)
+      : coefficients(scratch.take(terms(p) * p.capsules * p.length)),
+        vectors(scratch.take(terms(p) * p.capsules * p.d)),
+        pooled(scratch.take(terms(p) * p.capsules * p.d_in)),
+        seen(scratch.take(terms(p) * p.capsules * p.d_in)),
+        softmax(scratch.take(p.iterations * p.capsules * p.length)),
+        sums(scratch.take(p.iterations * p.capsules * p.d)),
+        coupling_grad(scratch.take(p.capsules * p.length)),
+        logit_grad(scratch.take(p.capsules * p.length)),
+        agreement(scratch.take(p.normalize_agreement ? p.iterations * p.capsules * p.length : 0)),
+        radial(scratch.take(p.normalize_agreement ? p.capsules * p.length : 0)) {}
+};
+
+// route() with every update, with normalised agreement, with a trace where there is one.
+template <class T>
+void route_any(const RoutingPlan<T>& p, RoutingState<T>& s, const RoutingTrace<T>* trace = nullptr);
+
+// Walks the iterations of a trace backwards, from the gradient of the last sums, which is the
+// vector of the last term, to all terms, and to that of the first logits where it is wanted.
+template <class T>
+void route_backward(const RoutingPlan<T>& p, const RoutingState<T>& s, const RoutingTrace<T>& trace,
+                    bool wants_logits);
+
+// Gradient of the inputs from a trace.
+template <class T>
+void traced_input_gradient(const RoutingPlan<T>& p, Vec<T>* grad, const RoutingState<T>& s,
+                           const RoutingTrace<T>& trace);
+
+// The gradient of couplings at positions [begin, end) becomes that of their logits; s.coupling is
+// the softmax before the mask.
+template <class T>
+void softmax_gradient(const RoutingPlan<T>& p, const RoutingLogits<T>& s, Vec<T>* grad,
+                      int64_t begin, int64_t end);
+
+// The gradient of logits that all users share, from one of K x L for each group, summed in one
+// order.
+template <class T>
+void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const View& out,
+                         const Parallel& parallel);
+
+// The op where routing cannot stay in the input space: every vote has a matrix of its own.
+template <class T>
+void route_positions(const RoutingArgs& args, const RoutingPlan<T>& p);
+template <class T>
+void route_positions_backward(const RoutingArgs& args, const RoutingPlan<T>& p);
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -104,8 +104,10 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(CallMemory::of_this_thread().take(size_t(count) * sizeof(T)))) {}
+  explicit Buffer(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<T*>(CallMemory::of_this_thread().take(size_t(count) * sizeof(T)));
+  }
   ~Buffer() {
     if (data_ != nullptr) CallMemory::of_this_thread().give_back(data_);
   }

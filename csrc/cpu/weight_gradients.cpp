@@ -29,20 +29,24 @@ void run_unit(const OuterProduct<T>& p, int64_t unit) {
     multiply<T>({sum, 1, vectors}, {g, 1, p.g_width / kLanes<T>},
                 SharedMatrix<T>(p.a + r * p.a_width + m0, p.a_width, 1), vectors, m, rows, true);
   }
-  const int64_t row_stride = p.out.dims == 2 ? p.out.stride[0] : 0;
-  const int64_t column_stride = p.out.stride[p.out.dims - 1];
-  with_storage(p.out.dtype, [&](auto storage) {
+  store_sums<T>(sum, m, n, p.out, m0, n0);
+}
+
+}  // namespace
+
+template <class T>
+void store_sums(const Vec<T>* sums, int64_t m, int64_t n, const View& out, int64_t m0, int64_t n0) {
+  const int64_t row_stride = out.dims == 2 ? out.stride[0] : 0;
+  const int64_t column_stride = out.stride[out.dims - 1];
+  with_storage(out.dtype, [&](auto storage) {
     using S = decltype(storage);
-    S* out = static_cast<S*>(p.out.data);
     for (int64_t i = 0; i < m; ++i) {
-      const T* row = reinterpret_cast<const T*>(sum + i * vectors);
-      S* to = out + (m0 + i) * row_stride + n0 * column_stride;
+      const T* row = reinterpret_cast<const T*>(sums + i * pieces(n, kLanes<T>));
+      S* to = static_cast<S*>(out.data) + (m0 + i) * row_stride + n0 * column_stride;
       for (int64_t j = 0; j < n; ++j) to[j * column_stride] = narrow<S>(row[j]);
     }
   });
 }
-
-}  // namespace
 
 template <class T>
 int64_t WeightGradients<T>::units() const {
@@ -72,7 +76,10 @@ void WeightGradients<T>::run_all(const Parallel& parallel) const {
   });
 }
 
-template class WeightGradients<float>;
-template class WeightGradients<double>;
+#define MIMNET_FAST_INSTANTIATE(T)                                                             \
+  template void store_sums<T>(const Vec<T>*, int64_t, int64_t, const View&, int64_t, int64_t); \
+  template class WeightGradients<T>;
+MIMNET_FAST_INSTANTIATE(float)
+MIMNET_FAST_INSTANTIATE(double)
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -25,6 +25,23 @@ struct Rows {
   T* get() const { return buffer.get(); }
 };
 
+// The matrix of the last two dimensions at an index of those before.
+inline View matrix_of(const View& view, int64_t i, int64_t j = 0) {
+  View matrix = view;
+  matrix.data = at(view, i, j);
+  matrix.dims = 2;
+  for (int d = 0; d < 2; ++d) {
+    matrix.size[d] = view.size[view.dims - 2 + d];
+    matrix.stride[d] = view.stride[view.dims - 2 + d];
+  }
+  return matrix;
+}
+
+// Writes sums, m rows of whole vectors, to the entries from (m0, n0) on of a 1-d or 2-d view.
+template <class T>
+void store_sums(const Vec<T>* sums, int64_t m, int64_t n, const View& out, int64_t m0 = 0,
+                int64_t n0 = 0);
+
 // out[m, n] = sum_r a[r, m] g[r, n], for a 1-d or 2-d view `out` of m x n entries.
 template <class T>
 struct OuterProduct {

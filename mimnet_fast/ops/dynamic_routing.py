@@ -14,6 +14,7 @@ from mimnet_fast.ops.squash import check_squash
 
 _INPUTS = "[B, L, D_in], or the votes [B, K, L, D] when weight is None"
 _WEIGHT = "None, [D_in, D], [K, D_in, D] or [L, K, D_in, D]"
+_GPU_KERNELS = {"native": "CUDA", "triton": "Triton"}
 
 
 def _capsules(candidates: dict[str, int | None]) -> int:
@@ -149,19 +150,24 @@ def dynamic_routing(
     )
     axis_code = code("softmax_over", softmax_over, SOFTMAX_AXES)
     padding_code = code("padding", padding, PADDINGS)
-    code("gradient", gradient, GRADIENTS)
-    code("update", update, UPDATES)
+    full = code("gradient", gradient, GRADIENTS) == GRADIENTS.index("full")
+    update_code = code("update", update, UPDATES)
     squash_code, power = check_squash(squash, eps, power, "squash")
 
-    unsupported = []
-    if weight is not None and weight.dim() == 4:
-        unsupported.append("a weight per position and capsule has no kernel yet")
-    if gradient == "full":
-        unsupported.append('gradient="full" has no kernel yet')
-    if update != "accumulate":
-        unsupported.append(f"update={update!r} has no kernel yet")
-    if normalize_agreement:
-        unsupported.append("normalize_agreement has no kernel yet")
+    unsupported: dict[str, list[str]] = {}
+    kinds = {"triton": "Triton"} if inputs.device.type == "cpu" else _GPU_KERNELS
+    for name, kind in kinds.items():
+        asked = {
+            "a weight per position and capsule": weight is not None and weight.dim() == 4,
+            'gradient="full"': full,
+            f"update={update!r}": update != "accumulate",
+            "normalize_agreement": normalize_agreement,
+        }
+        unsupported[name] = [
+            f"no {kind} kernel for {option} in this version"
+            for option, is_on in asked.items()
+            if is_on
+        ]
     chosen = backends.select("dynamic_routing", backend, inputs, unsupported)
     if chosen == "reference":
         return reference.dynamic_routing(
@@ -186,13 +192,16 @@ def dynamic_routing(
     capsules, _, _ = _CALLS[chosen](
         inputs,
         weight,
-        None if logits is None else logits.detach(),
+        logits if logits is None or full else logits.detach(),
         real,
         capsule_mask,
         k,
         iterations,
         axis_code,
         padding_code,
+        update_code,
+        normalize_agreement,
+        full,
         inner_squash,
         final_squash,
         temperature,
@@ -219,11 +228,12 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
     d = d_in if weight is None else weight.shape[-1]
+    per_position = weight is not None and weight.dim() == 4
     saved = saved_dtype(inputs.dtype)
     return (
         inputs.new_empty(batch, num_capsules, d),
         inputs.new_empty(batch, num_capsules, length, dtype=saved),
-        inputs.new_empty(batch, num_capsules, d_in, dtype=saved),
+        inputs.new_empty(batch, num_capsules, d if per_position else d_in, dtype=saved),
     )
 
 
@@ -231,15 +241,14 @@ def _fake_backward(
     grad: Tensor,
     inputs: Tensor,
     weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    capsule_mask: Tensor | None,
     coupling: Tensor,
     pooled: Tensor,
-    final_squash: bool,
-    squash: int,
-    eps: float,
-    power: float,
-    needs: int,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    return _autograd.empty_or_like((inputs, weight), inputs, needs)
+    return _autograd.empty_or_like((inputs, weight, logits), inputs, options[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -254,12 +263,16 @@ def _backward(
     kernel: Any, ctx: Any, grad: Tensor | None, _coupling: None, _pooled: None
 ) -> tuple[Tensor | None, ...]:
     x, weight, logits, mask, capsule_mask, coupling, pooled = ctx.saved_tensors
-    iterations, axis, padding, inner, final, temperature, squash, eps, power = ctx.options
-    needs = list(ctx.needs_input_grad[:2])
-    grads: list[Tensor | None] = [None, None]
+    (
+        iterations, axis, padding, update, normalize, full, inner, final, temperature, squash, eps,
+        power,
+    ) = ctx.options  # fmt: skip
+    needs = list(ctx.needs_input_grad[:3])
+    needs[2] = needs[2] and full
+    grads: list[Tensor | None] = [None, None, None]
     if grad is not None and torch.is_grad_enabled():
 
-        def again(x: Tensor, weight: Tensor | None) -> Tensor:
+        def again(x: Tensor, weight: Tensor | None, logits: Tensor | None) -> Tensor:
             return reference.dynamic_routing(
                 x,
                 weight,
@@ -269,6 +282,9 @@ def _backward(
                 iterations=iterations,
                 softmax_over=SOFTMAX_AXES[axis],
                 padding=PADDINGS[padding],
+                gradient=GRADIENTS[full],
+                update=UPDATES[update],
+                normalize_agreement=normalize,
                 inner_squash=inner,
                 final_squash=final,
                 temperature=temperature,
@@ -277,13 +293,15 @@ def _backward(
                 power=power,
             )
 
-        grads = _autograd.reference_vjp(again, [x, weight], needs, [grad])
+        grads = _autograd.reference_vjp(again, [x, weight, logits], needs, [grad])
     elif grad is not None:
+        # The last sum alone is differentiated from what it left behind.
+        first = (logits, mask, capsule_mask) if full else (None, None, None)
         found = kernel(
-            grad, x, weight, coupling, pooled, final, squash, eps, power, _autograd.bits(needs)
+            grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(needs)
         )
         grads = _autograd.wanted(found, needs)
-    return (*grads, *(None,) * 13)
+    return (*grads, *(None,) * 15)
 
 
 _CALLS = _autograd.register("dynamic_routing", _fake, _fake_backward, _setup, _backward)

@@ -82,7 +82,7 @@ def interest_bridge(
     _checks.not_empty("interests", K=k, D_i=d_interest)
     _checks.not_empty("source", D_s=d_source)
     check_bridge(d_interest, d_source, w1, b1, w2, b2, interests)
-    chosen = backends.select("interest_bridge", backend, interests, [])
+    chosen = backends.select("interest_bridge", backend, interests, {})
     if chosen == "reference":
         return reference.interest_bridge(interests, source, w1, b1, w2, b2)
     return _CALLS[chosen](interests, source, w1, b1, w2, b2)

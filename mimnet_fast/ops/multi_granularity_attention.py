@@ -100,7 +100,7 @@ def multi_granularity_attention(
     _checks.same("interests", interests, (item.shape[0], k, d), "[B, K, D]", item)
     _checks.not_empty("interests", K=k, D=interests.shape[-1])
     check_fusion(tensors[3:7], tensors[7:11], tensors[11], tensors[12], d, item)
-    chosen = backends.select("multi_granularity_attention", backend, item, [])
+    chosen = backends.select("multi_granularity_attention", backend, item, {})
     if chosen == "reference":
         out, gate = _reference(*tensors)
     else:

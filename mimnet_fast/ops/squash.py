@@ -72,7 +72,7 @@ def squash(
     if _checks.whole("dim", dim, -x.dim(), "a dimension of x") >= x.dim():
         raise ValueError(f"dim: got {dim}, need at most {x.dim() - 1} (a dimension of x)")
     _checks.not_empty("x", D=x.shape[dim])
-    chosen = backends.select("squash", backend, x, [])
+    chosen = backends.select("squash", backend, x, {})
     if chosen == "reference":
         return reference.squash(x, dim, eps=eps, form=form, power=power)
     if dim in (-1, x.dim() - 1):

@@ -107,7 +107,9 @@ def target_attention(
     unsupported = []
     if power != 1.0 and key_bias is not None:
         unsupported.append("a key bias cancels only with power=1")
-    chosen = backends.select("target_attention", backend, query, unsupported)
+    chosen = backends.select(
+        "target_attention", backend, query, dict.fromkeys(backends.KERNELS, unsupported)
+    )
     if chosen == "reference":
         out, weights = reference.target_attention(
             query,
