@@ -7,12 +7,14 @@ PyTorch; `backends` says which implementation serves a call and why.
 from mimnet_fast import backends, nn, ops
 from mimnet_fast.backends import BackendUnavailable, use_backend
 from mimnet_fast.swap import register_adapter, swap
+from mimnet_fast.variants import RoutingVariant
 from mimnet_fast.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "RoutingVariant",
     "__version__",
     "backends",
     "nn",

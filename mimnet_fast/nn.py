@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter, init
 
 from mimnet_fast import ops
 from mimnet_fast.reference.multi_granularity_attention import AttentionWeights
+from mimnet_fast.variants import RoutingVariant
 
 __all__ = [
     "DynamicRouting",
@@ -68,10 +69,14 @@ class DynamicRouting(Module):
         in_features: D_in.
         out_features: D.
         num_capsules: K.
-        weight: ``"shared"`` (``[D_in, D]``) or ``"per_capsule"`` (``[K, D_in, D]``).
+        variant: A published routing; what is given besides wins over what it says.
+        weight: ``"shared"`` (``[D_in, D]``; what there is without a variant), ``"per_capsule"``
+            (``[K, D_in, D]``) or ``"per_position"`` (``[L, K, D_in, D]``).
+        length: L of a weight per position; shorter inputs use its first positions.
         initial_logits: What routing starts from when ``forward`` gets no logits: ``"normal"`` draws
             N(0, 1) anew in every call (with a shared weight this is what tells the capsules apart),
-            ``"zeros"`` starts from zeros. Pass ``logits`` for predictions that can be repeated.
+            ``"zeros"`` starts from zeros; without a variant it is ``"normal"``. Pass ``logits`` for
+            predictions that can be repeated.
         backend: See :mod:`mimnet_fast.backends`.
         device, dtype: Of the weight.
         options: Further keyword arguments of the op (``iterations``, ``softmax_over`` ...).
@@ -79,6 +84,9 @@ class DynamicRouting(Module):
     >>> layer = DynamicRouting(8, 4, 3, iterations=2)
     >>> layer(torch.randn(2, 5, 8), lengths=torch.tensor([5, 1])).shape
     torch.Size([2, 3, 4])
+    >>> layer = DynamicRouting(8, 4, 3, variant=RoutingVariant.COMIREC, length=5)
+    >>> layer.weight.shape
+    torch.Size([5, 3, 8, 4])
     """
 
     def __init__(
@@ -87,21 +95,40 @@ class DynamicRouting(Module):
         out_features: int,
         num_capsules: int,
         *,
-        weight: str = "shared",
-        initial_logits: str = "normal",
+        variant: RoutingVariant | None = None,
+        weight: str | None = None,
+        length: int | None = None,
+        initial_logits: str | None = None,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if weight not in ("shared", "per_capsule"):
-            raise ValueError(f"weight: got {weight!r}, need 'shared' or 'per_capsule'")
+        if variant is not None and not isinstance(variant, RoutingVariant):
+            raise TypeError(f"variant: got {variant!r}, need a member of RoutingVariant")
+        if variant is not None:
+            options = {**variant.options, **options}
+        if weight is None:
+            weight = "shared" if variant is None else variant.weight
+        if initial_logits is None:
+            initial_logits = "normal" if variant is None else variant.initial_logits
+        if weight not in ("shared", "per_capsule", "per_position"):
+            raise ValueError(
+                f"weight: got {weight!r}, need 'shared', 'per_capsule' or 'per_position'"
+            )
+        if (length is not None) != (weight == "per_position"):
+            raise ValueError(
+                f"length: got {length}, need the number of positions with weight='per_position' "
+                f"and None otherwise (weight={weight!r})"
+            )
         if initial_logits not in ("normal", "zeros"):
             raise ValueError(f"initial_logits: got {initial_logits!r}, need 'normal' or 'zeros'")
         shape: tuple[int, ...] = (in_features, out_features)
-        if weight == "per_capsule":
+        if weight != "shared":
             shape = (num_capsules, *shape)
+        if length is not None:
+            shape = (length, *shape)
         self.num_capsules, self.initial_logits = num_capsules, initial_logits
         self.backend, self.options = backend, options
         self.weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -126,9 +153,12 @@ class DynamicRouting(Module):
             logits = torch.randn(
                 batch, self.num_capsules, length, device=inputs.device, dtype=inputs.dtype
             )
+        weight: Tensor = self.weight
+        if weight.dim() == 4 and inputs.shape[1] < weight.shape[0]:
+            weight = weight[: inputs.shape[1]]
         return ops.dynamic_routing(
             inputs,
-            self.weight,
+            weight,
             logits,
             num_capsules=self.num_capsules,
             mask=mask,

@@ -8,7 +8,7 @@ import torch
 from cases import EVERY_OP, attention_call, bridge_call, fusion_call, mimnet_call, routing_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimnet_fast import backends, nn, ops, use_backend, verify
+from mimnet_fast import RoutingVariant, backends, nn, ops, use_backend, verify
 
 ones = torch.ones
 X = ones(2, 5, 4)  # [B, L, D_in]
@@ -428,6 +428,26 @@ WRONG = {
         partial(nn.DynamicRouting, 4, 4, 2, weight="both"),
         ValueError,
         "weight: got 'both'",
+    ),
+    "nn: length": (
+        partial(nn.DynamicRouting, 4, 4, 2, weight="per_position"),
+        ValueError,
+        "length: got None.*weight='per_position'",
+    ),
+    "nn: length of a variant": (
+        partial(nn.DynamicRouting, 4, 4, 2, variant=RoutingVariant.MIND, length=5),
+        ValueError,
+        "length: got 5.*weight='shared'",
+    ),
+    "nn: variant": (
+        partial(nn.DynamicRouting, 4, 4, 2, variant="mind"),
+        TypeError,
+        "variant: got 'mind', need a member of RoutingVariant",
+    ),
+    "nn: a history longer than the weight": (
+        partial(nn.DynamicRouting(4, 4, 2, weight="per_position", length=4), X),
+        ValueError,
+        r"weight: got shape \[4, 2, 4, 4\].*= \[5, 2, 4, 4\]",
     ),
     "nn: initial_logits": (
         partial(nn.DynamicRouting, 4, 4, 2, initial_logits="one"),

@@ -2,13 +2,14 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
 from cases import fusion_call, routing_call
 from torch.nn.functional import linear
 
-from mimnet_fast import nn, ops
+from mimnet_fast import RoutingVariant, nn, ops
 
 
 def modules(**factory):
@@ -16,6 +17,9 @@ def modules(**factory):
         "Squash": nn.Squash(),
         "DynamicRouting": nn.DynamicRouting(4, 5, 3, **factory),
         "DynamicRouting per capsule": nn.DynamicRouting(4, 5, 3, weight="per_capsule", **factory),
+        "DynamicRouting per position": nn.DynamicRouting(
+            4, 5, 3, weight="per_position", length=6, **factory
+        ),
         "InterestBridge": nn.InterestBridge(4, 5, 6, 7, **factory),
         "TargetAttention": nn.TargetAttention(6, **factory),
         "TargetAttention open": nn.TargetAttention(6, projections=False, **factory),
@@ -27,6 +31,7 @@ SHAPES = {
     "Squash": {},
     "DynamicRouting": {"weight": (4, 5)},
     "DynamicRouting per capsule": {"weight": (3, 4, 5)},
+    "DynamicRouting per position": {"weight": (6, 3, 4, 5)},
     "InterestBridge": {"w1": (7, 4), "b1": (7,), "w2": (30, 7), "b2": (30,)},
     "TargetAttention": {
         "key_weight": (6, 6), "key_bias": (6,), "value_weight": (6, 6), "value_bias": (6,),
@@ -75,12 +80,13 @@ def test_squash():
     assert "dim=1" in repr(module)
 
 
-@pytest.mark.parametrize("weight", ["shared", "per_capsule"])
+@pytest.mark.parametrize("weight", ["shared", "per_capsule", "per_position"])
 def test_dynamic_routing(weight):
     call = routing_call(history="mask", absent_capsules=True)
     inputs, _, logits = call.args
     options = {"iterations": 2, "softmax_over": "inputs", "padding": "ignore"}
-    module = nn.DynamicRouting(4, 5, 3, weight=weight, **options)
+    length = 6 if weight == "per_position" else None
+    module = nn.DynamicRouting(4, 5, 3, weight=weight, length=length, **options)
     found = module(
         inputs,
         logits=logits,
@@ -95,6 +101,90 @@ def test_dynamic_routing(weight):
         module(inputs, logits=logits, lengths=lengths),
         ops.dynamic_routing(inputs, module.weight, logits, lengths=lengths, **options),
     )
+
+
+def test_a_weight_per_position_serves_shorter_histories():
+    module = nn.DynamicRouting(4, 5, 3, weight="per_position", length=6, initial_logits="zeros")
+    x = torch.randn(2, 4, 4)
+    capsules = module(x)
+    assert torch.equal(capsules, ops.dynamic_routing(x, module.weight[:4]))
+    capsules.sum().backward()
+    assert module.weight.grad[:4].any()
+    assert not module.weight.grad[4:].any()
+
+
+def by_hand(variant, x, weight, logits, real):
+    """What the variant computes, written out for it alone; real is [B, 1, L]."""
+    votes = x @ weight if weight.dim() == 2 else torch.einsum("bli,lkid->bkld", x, weight)
+    votes = votes[:, None] if votes.dim() == 3 else votes
+    axis = 2 if variant is RoutingVariant.COMIREC_PYTORCH else 1
+    for step in range(3):
+        scores = logits * 20 if variant is RoutingVariant.EASYREC else logits
+        if variant is RoutingVariant.MIMNET_RELEASED:
+            scores = scores.masked_fill(~real, -1e9)
+        coupling = scores.softmax(axis)
+        if variant is not RoutingVariant.MIMNET_RELEASED:
+            coupling = coupling * real
+        seen = votes if step == 2 or variant is RoutingVariant.CAPSNET else votes.detach()
+        sums = (coupling[..., None] * seen).sum(2)
+        size2 = sums.square().sum(-1, keepdim=True)
+        if variant is RoutingVariant.EASYREC:
+            capsules = (size2 / (1 + size2)) ** 0.2 * sums / size2.sqrt().clamp_min(1e-7)
+            said = sums[:, :, None] * torch.nn.functional.normalize(seen, dim=-1)
+            logits = coupling + said.sum(-1)
+        else:
+            eps = {RoutingVariant.CAPSNET: 0, RoutingVariant.MIMNET: 1e-8}.get(variant, 1e-9)
+            capsules = size2 / (1 + size2) * sums / (size2 + eps).sqrt()
+            logits = logits + (capsules[:, :, None] * seen).sum(-1)
+    return capsules
+
+
+@pytest.mark.parametrize("variant", RoutingVariant, ids=str)
+def test_variants(variant):
+    per_position = variant.weight == "per_position"
+    module = nn.DynamicRouting(
+        4, 5, 3, variant=variant, length=6 if per_position else None, dtype=torch.float64
+    )
+    assert module.initial_logits == variant.initial_logits
+    x = torch.randn(7, 6, 4, dtype=torch.float64)
+    logits = torch.randn(7, 3, 6, dtype=torch.float64)
+    lengths = torch.tensor([6, 1, 2, 3, 4, 5, 6])
+    real = (torch.arange(6) < lengths[:, None])[:, None]
+    found = module(x, logits=logits, lengths=lengths)
+    expected = by_hand(variant, x, module.weight, logits, real)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    grads = [torch.autograd.grad(out.square().sum(), module.weight)[0] for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
+def test_variants_are_different_functions():
+    logits, lengths = torch.randn(4, 3, 6), torch.tensor([6, 1, 2, 3])
+    x, outputs = torch.randn(4, 6, 4), []
+    torch.manual_seed(0)
+    shared, each = torch.randn(4, 5), torch.randn(6, 3, 4, 5)
+    for variant in RoutingVariant:
+        weight = each if variant.weight == "per_position" else shared
+        outputs.append(ops.dynamic_routing(x, weight, logits, lengths=lengths, **variant.options))
+    # MIND and MIMNet differ in an eps, ComiRec and CapsNet in the gradient and an eps.
+    same = {
+        (a.name, b.name)
+        for (a, first), (b, second) in itertools.combinations(
+            zip(RoutingVariant, outputs, strict=True), 2
+        )
+        if torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    }
+    assert same == {("MIMNET", "MIND"), ("COMIREC", "CAPSNET")}
+
+
+def test_arguments_win_over_the_variant():
+    module = nn.DynamicRouting(
+        4, 5, 3, variant=RoutingVariant.COMIREC, weight="shared", initial_logits="normal", eps=0.5
+    )
+    assert module.weight.shape == (4, 5)
+    assert module.initial_logits == "normal"
+    assert module.options == {**RoutingVariant.COMIREC.options, "eps": 0.5}
+    with pytest.raises(TypeError):
+        RoutingVariant.COMIREC.options["eps"] = 1.0
 
 
 def test_initial_logits():
