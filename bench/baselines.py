@@ -48,7 +48,10 @@ def squash_textbook(x: Tensor) -> Tensor:
 def routing_textbook(
     inputs: Tensor, weight: Tensor, logits: Tensor, *, mask: Tensor, iterations: int
 ) -> Tensor:
-    votes = (inputs @ weight)[:, None].expand(-1, logits.shape[1], -1, -1)
+    if weight.dim() == 4:
+        votes = torch.einsum("bli,lkid->bkld", inputs, weight)
+    else:
+        votes = (inputs @ weight)[:, None].expand(-1, logits.shape[1], -1, -1)
     constant = votes.detach()
     for step in range(iterations):
         last = step == iterations - 1
@@ -60,9 +63,27 @@ def routing_textbook(
     return capsules
 
 
+def _routing_of_votes(
+    inputs: Tensor, weight: Tensor, logits: Tensor, *, mask: Tensor, iterations: int
+) -> Tensor:
+    """With a weight per position nothing can be reassociated: batched products of it."""
+    length, k, d_in, d = weight.shape
+    each = inputs.transpose(0, 1) @ weight.movedim(1, 2).reshape(length, d_in, k * d)
+    votes = each.view(length, -1, k, d).permute(1, 2, 0, 3)
+    with torch.no_grad():
+        for _ in range(iterations - 1):
+            coupling = logits.softmax(1) * mask[:, None]
+            capsules = squash_textbook((coupling[:, :, None] @ votes)[:, :, 0])
+            logits = logits + (votes @ capsules[..., None])[..., 0]
+        coupling = logits.softmax(1) * mask[:, None]
+    return squash_textbook((coupling[:, :, None] @ votes)[:, :, 0])
+
+
 def routing_reassociated(
     inputs: Tensor, weight: Tensor, logits: Tensor, *, mask: Tensor, iterations: int
 ) -> Tensor:
+    if weight.dim() == 4:
+        return _routing_of_votes(inputs, weight, logits, mask=mask, iterations=iterations)
     with torch.no_grad():
         for _ in range(iterations - 1):
             coupling = logits.softmax(1) * mask[:, None]

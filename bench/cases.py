@@ -28,15 +28,23 @@ class Case:
     capsules: int
     width: int
     hidden: int
+    d_in: int = 0  # 0: as width
+    per_position: bool = False  # a routing weight for every position and capsule
+
+    @property
+    def input_width(self) -> int:
+        return self.d_in or self.width
 
 
 PAPER = Case("paper", 128, 20, 7, 10, 50)
 PAPER512 = Case("paper512", 512, 20, 7, 10, 50)
 WIDE = Case("wide", 1024, 50, 8, 64, 64)
 MIND = Case("mind", 256, 50, 4, 64, 0)
+COMIREC_DR = Case("comirec_dr", 128, 20, 4, 64, 0, per_position=True)
+CAPSNET = Case("capsnet", 16, 1152, 10, 16, 0, d_in=8, per_position=True)
 
 CASES = {
-    op: (PAPER, PAPER512, WIDE, MIND) if op == "dynamic_routing" else (PAPER, PAPER512, WIDE)
+    op: (PAPER, PAPER512, WIDE, *((MIND, COMIREC_DR, CAPSNET) if op == "dynamic_routing" else ()))
     for op in ops.FUNCTIONS
 }
 
@@ -127,9 +135,11 @@ class _Draw:
             self(d * d, std=d**-0.5),
         )
 
-    def routing_weight(self, d: int) -> Tensor:
+    def routing_weight(self, case: Case) -> Tensor:
         # Votes of length 10, as MIMNet's initialisation gives at D = 10: far from uniform routing.
-        return self(d, d, std=10 / d)
+        matrix = case.input_width, case.width
+        leading = (case.length, case.capsules) if case.per_position else ()
+        return self(*leading, *matrix, std=10 / (matrix[0] * matrix[1]) ** 0.5)
 
 
 # Positional arguments, keyword arguments, leaves.
@@ -142,7 +152,7 @@ def _squash(c: Case, draw: _Draw) -> Inputs:
 
 
 def _dynamic_routing(c: Case, draw: _Draw) -> Inputs:
-    inputs, weight = draw(c.batch, c.length, c.width), draw.routing_weight(c.width)
+    inputs, weight = draw(c.batch, c.length, c.input_width), draw.routing_weight(c)
     logits = draw(c.batch, c.capsules, c.length)
     kwargs = {"mask": draw.full_mask(c), "iterations": ITERATIONS}
     return (inputs, weight, logits), kwargs, (inputs, weight)
@@ -175,7 +185,7 @@ def _mimnet_forward(c: Case, draw: _Draw) -> Inputs:
     source, item, prototype = draw(c.batch, d), draw(c.batch, d), draw(c.batch, d)
     meta, fine, coarse = draw.meta_network(c), draw.attention(d), draw.attention(d)
     fusion = draw(2 * d, std=(2 * d) ** -0.5), draw(1)
-    weight = draw.routing_weight(d)
+    weight = draw.routing_weight(c)
     parameters = MIMNetParameters(weight, *meta, fine, coarse, *fusion)
     logits = draw(c.batch, c.capsules, c.length)
     kwargs = {"mask": draw.full_mask(c), "iterations": ITERATIONS}
@@ -225,8 +235,14 @@ def make_call(
 # floor stays below what any implementation needs.
 
 
+def _votes_flops(c: Case) -> int:
+    return 2 * c.batch * c.length * c.capsules * c.input_width * c.width
+
+
 def _routing_flops(c: Case) -> int:
     b, n, k, d, r = c.batch, c.length, c.capsules, c.width, ITERATIONS
+    if c.per_position:
+        return _votes_flops(c) + (2 * r - 1) * 2 * b * k * n * d
     # r weighted sums and r-1 agreements, each [K,L] with [L,D]
     passes = (2 * r - 1) * 2 * b * k * n * d
     # the weight meets r*K sums and (r-1)*K capsules, or else the L inputs once
@@ -258,6 +274,9 @@ def flops(op: str, case: Case) -> tuple[int, int]:
         # norm (2 per element) and scaling; in backward norm, x.g and a combination of x and g
         return 3 * b * k * d, 7 * b * k * d
     if op == "dynamic_routing":
+        if case.per_position:
+            # The last pass: from the sums to the votes, from these to the inputs and the weight.
+            return _routing_flops(case), 2 * b * k * n * d + 2 * _votes_flops(case)
         # Only the last pass propagates: through the weight to it and to the sums, from these to x.
         return _routing_flops(case), 2 * (2 * b * k * d * d) + 2 * b * k * n * d
     if op == "interest_bridge":

@@ -53,7 +53,9 @@ How to read the tables:
 - **peak MB** is what forward+backward needs beyond its inputs at its peak: ours / textbook / the
   least of all baselines.
 
-The sizes B (users), L (history), K (interests), D (width) and H (hidden units of the bridge):
+The sizes B (users), L (history), K (interests), D (width) and H (hidden units of the bridge);
+`comirec_dr` and `capsnet` have a routing weight per position, for which there is no reassociated
+form (under that name stands one product, batched over the positions, and then the votes):
 """
 
 
@@ -215,7 +217,11 @@ def section(result: dict[str, Any]) -> str:
 def _sizes(results: list[dict[str, Any]]) -> str:
     shapes = {row["case"]: row["shape"] for result in results for row in result["results"]}
     header = ("case", "B", "L", "K", "D", "H")
-    rows = [[name, *(str(v or _NONE) for v in shape.values())] for name, shape in shapes.items()]
+    rows = []
+    for name, shape in shapes.items():
+        width = f"{shape['d_in']} to {shape['width']}" if shape.get("d_in") else shape["width"]
+        sizes = shape["batch"], shape["length"], shape["capsules"], width, shape["hidden"]
+        rows.append([name, *(str(size or _NONE) for size in sizes)])
     return _table(header, rows)
 
 

@@ -84,6 +84,20 @@ def test_routing_may_project_the_inputs_instead():
     assert cases.flops("dynamic_routing", few)[0] == passes + 2 * 6 * 3 * 5 * 5
 
 
+@pytest.mark.parametrize("d_in", [0, 3])
+def test_routing_with_a_weight_per_position(d_in):
+    case = cases.Case("positions", 6, 7, 2, 5, 0, d_in=d_in, per_position=True)
+    contest = baselines.Contest("dynamic_routing", case)
+    assert contest.call.args[1].shape == (7, 2, d_in or 5, 5)
+    for name in EAGER["dynamic_routing"]:
+        for direction in cases.DIRECTIONS:
+            contest.step(name, direction)()
+    step = baselines.Step(baselines.routing_reassociated, contest.call, "forward+backward")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert sum(cases.flops("dynamic_routing", case)) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("op", cases.CASES)
 def test_flops_and_traffic_are_positive(op):
     for case in cases.CASES[op]:

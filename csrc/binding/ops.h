@@ -22,10 +22,10 @@ Tensor squash_backward(Tensor grad, Tensor x, int64_t form, double eps, double p
 
 Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor logits,
                          OptionalTensor mask, OptionalTensor capsule_mask, int64_t num_capsules,
-                         int64_t iterations, int64_t softmax_over, int64_t padding,
-                         int64_t update, bool normalize_agreement, bool full_gradient,
-                         bool inner_squash, bool final_squash, double temperature, int64_t squash,
-                         double eps, double power);
+                         int64_t iterations, int64_t softmax_over, int64_t padding, int64_t update,
+                         bool normalize_agreement, bool full_gradient, bool inner_squash,
+                         bool final_squash, double temperature, int64_t squash, double eps,
+                         double power);
 Tensors3 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor weight,
                                   OptionalTensor logits, OptionalTensor mask,
                                   OptionalTensor capsule_mask, Tensor coupling, Tensor pooled,
