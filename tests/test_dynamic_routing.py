@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -399,13 +400,18 @@ def test_large_history_and_batch(backend):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_large_history_and_batch_with_a_weight_per_position(backend, gradient):
-    """Several chunks of positions, the last one short."""
-    shape = {"b": 130, "length": 70, "k": 3, "d_in": 5, "d": 5}
-    for axis in SOFTMAX_AXES:
-        call = routing_call(
-            weight="per_position", history="mask", gradient=gradient, softmax_over=axis, **shape
-        )
-        gentle(call).verify(backend)
+    """Several chunks of positions, the last one short; votes that a group can keep, and more."""
+    sizes = {"d_in": 3, "weight": "per_position", "history": "mask"}
+    few, many = {"b": 130, "length": 70, "k": 3, "d": 5}, {"b": 3, "length": 200, "k": 8, "d": 24}
+    for axis, update in zip(SOFTMAX_AXES, UPDATES[::2], strict=True):
+        for shape in (few, many):
+            call = routing_call(
+                **sizes, **shape, gradient=gradient, softmax_over=axis, update=update
+            )
+            gentle(call).verify(backend)
+            gentle(replace(call, options={**call.options, "normalize_agreement": True})).verify(
+                backend
+            )
 
 
 def test_random_numbers_are_never_drawn(backend):

@@ -262,53 +262,78 @@ void store_inputs(const RoutingPlan<T>& p, const Vec<T>* lanes, const View& inpu
   }
 }
 
-// To normalise the votes of a shared weight takes all of them, L x D, and then they are the better
-// inputs: those of a routing without a weight.
+// Votes of a weight per position that one thread keeps for its group instead of forming them again
+// in every iteration.
+constexpr int64_t kVotesBytes = int64_t(2) << 20;
+
+// Whether the votes of a group are formed, once, and then routed without a weight. To normalise
+// those of a shared weight takes all of them, L x D, so that they are the better inputs.
 template <class T>
 bool routes_votes(const RoutingPlan<T>& p) {
+  if (p.kind == RoutingWeight::per_position) {
+    return p.capsules * p.length * p.d * int64_t(sizeof(Vec<T>)) <= kVotesBytes;
+  }
   return p.kind == RoutingWeight::shared && p.normalize_agreement;
 }
 
 template <class T>
 RoutingPlan<T> plan_of_votes(RoutingPlan<T> p) {
-  p.kind = RoutingWeight::none;
+  p.kind =
+      p.kind == RoutingWeight::per_position ? RoutingWeight::none_per_capsule : RoutingWeight::none;
   p.weight = nullptr;
   p.d_in = p.d;
   return p;
 }
 
+// Multiply-adds per user.
+template <class T>
+int64_t votes_work(const RoutingPlan<T>& p) {
+  return (p.kind == RoutingWeight::shared ? 1 : p.capsules) * p.length * p.d_in * p.d;
+}
+
 template <class T>
 void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
-  multiply<T>({votes, p.d, 1}, {inputs, p.d_in, 1}, SharedMatrix<T>(p.weight, p.d, 1), p.length,
-              p.d, p.d_in, false);
+  const int64_t k = p.capsules, d_in = p.d_in, d = p.d;
+  if (p.kind == RoutingWeight::shared) {
+    return multiply<T>({votes, d, 1}, {inputs, d_in, 1}, SharedMatrix<T>(p.weight, d, 1), p.length,
+                       d, d_in, false);
+  }
+  for (int64_t l = 0; l < p.length; ++l) {
+    for (int64_t i = 0; i < k; ++i) {
+      multiply<T>({votes + (i * p.length + l) * d, d, 1}, {inputs + l * d_in, d_in, 1},
+                  SharedMatrix<T>(p.weight + (l * k + i) * d_in * d, d, 1), 1, d, d_in, false);
+    }
+  }
 }
 
 template <class T>
 void forward(const RoutingArgs& args) {
   const Parameter<T> weight(args.weight);
   const RoutingPlan<T> p = make_plan(args, weight.get());
-  if (p.kind == RoutingWeight::per_position) return route_positions(args, p);
   const bool of_votes = routes_votes(p);
+  if (p.kind == RoutingWeight::per_position && !of_votes) return route_positions(args, p);
+  const bool pools_inputs = of_votes && p.kind == RoutingWeight::shared;
   const RoutingPlan<T> routed = of_votes ? plan_of_votes(p) : p;
+  const int64_t work = routed.work() + (of_votes ? votes_work(p) : 0);
   const bool usual = p.update == Update::accumulate && !p.normalize_agreement;
   const Blocks<T> blocks(args.inputs.size[0], args.execution.parallel.threads);
-  args.execution.parallel(blocks.groups, p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(RoutingState<T>::vectors(routed) +
-                       (of_votes ? p.input_vectors() + p.capsules * p.d_in : 0));
+  args.execution.parallel(blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(RoutingState<T>::vectors(routed) + (of_votes ? p.input_vectors() : 0) +
+                       (pools_inputs ? p.capsules * p.d_in : 0));
     RoutingState<T> s(routed, scratch);
     Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
-    Vec<T>* pooled = of_votes ? scratch.take(p.capsules * p.d_in) : s.pooled;
+    Vec<T>* pooled = pools_inputs ? scratch.take(p.capsules * p.d_in) : s.pooled;
     for (int64_t g = begin; g < end; ++g) {
       const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
       load_inputs(p, inputs, args.inputs, group);
       load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
       if (of_votes) form_votes(p, s.inputs, inputs);
       if (usual) {
-        route(p, s);
+        route(routed, s);
       } else {
         route_any(routed, s);
       }
-      if (of_votes) pool_inputs(p, pooled, s.coupling, inputs);
+      if (pools_inputs) pool_inputs(p, pooled, s.coupling, inputs);
       if (p.final_squash) {
         for (int64_t k = 0; k < p.capsules; ++k)
           squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);

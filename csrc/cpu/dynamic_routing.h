@@ -201,7 +201,8 @@ template <class T>
 void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const View& out,
                          const Parallel& parallel);
 
-// The op where routing cannot stay in the input space: every vote has a matrix of its own.
+// The op where votes are formed again in every pass, because routing cannot stay in the input
+// space.
 template <class T>
 void route_positions(const RoutingArgs& args, const RoutingPlan<T>& p);
 template <class T>

@@ -1,7 +1,8 @@
-// A weight per position: there is no input space to stay in, because every vote has a matrix of its
-// own. Votes are formed again in each pass over the positions, those of one position at a time, and
-// an iteration is one pass: agreement with the capsules of the iteration before, softmax, weighted
-// sum. Only a softmax over the inputs needs a pass for the agreement and one for the sum.
+// A weight per position whose votes are too many to keep: there is no input space to stay in,
+// because every vote has a matrix of its own. Votes are formed again in each pass over the
+// positions, those of one position at a time, and an iteration is one pass: agreement with the
+// capsules of the iteration before, softmax, weighted sum. Only a softmax over the inputs needs a
+// pass for the agreement and one for the sum.
 //
 // A task is a chunk of positions for a block of groups, which shares the loads of the weight. Each
 // chunk leaves partial sums, so that a small batch with many positions keeps all threads busy.
