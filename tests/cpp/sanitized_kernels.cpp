@@ -1,6 +1,7 @@
-// Runs every kernel, forward and backward, on odd shapes and strides with real threads and without torch,
-// to be compiled with a sanitizer. Every tensor is an allocation of its own, so that a step outside of it
-// is seen. Numbers are checked against the reference elsewhere; here they must be finite and written.
+// Runs every kernel, forward and backward, on odd shapes and strides with real threads and without
+// torch, to be compiled with a sanitizer. Every tensor is an allocation of its own, so that a step
+// outside of it is seen. Numbers are checked against the reference elsewhere; here they must be
+// finite and written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -124,20 +125,23 @@ void squash_case(DType t, Shape s) {
 void routing_case(DType t, Shape s, int weight, SoftmaxAxis axis, Padding padding, bool lengths) {
   const int64_t out_d = weight == 0 || weight == 3 ? s.d : s.d + 3;
   const bool votes = weight == 3;
-  const std::vector<int64_t> in = votes ? std::vector<int64_t>{s.b, s.k, s.l, s.d}
-                                        : std::vector<int64_t>{s.b, s.l, s.d};
-  const std::vector<int64_t> w = weight == 1 ? std::vector<int64_t>{s.d, out_d}
-                                             : std::vector<int64_t>{s.k, s.d, out_d};
+  const std::vector<int64_t> in =
+      votes ? std::vector<int64_t>{s.b, s.k, s.l, s.d} : std::vector<int64_t>{s.b, s.l, s.d};
+  std::vector<int64_t> w = {s.d, out_d};
+  if (weight != 1) w.insert(w.begin(), s.k);
+  if (weight == 4) w.insert(w.begin(), s.l);
   Tensor inputs = Tensor(t, in, 2).random(), matrix = Tensor(t, w).random();
   Tensor logits = Tensor(t, {s.b, s.k, s.l}).random();
   Tensor mask = Tensor(DType::boolean, {s.b, s.l}).random();
   Tensor length = Tensor(DType::int64, {s.b}).integers(s.l + 1);
   Tensor present = Tensor(DType::boolean, {s.b, s.k}).random();
-  Tensor out(t, {s.b, s.k, out_d}), coupling(t, {s.b, s.k, s.l}), pooled(t, {s.b, s.k, s.d});
+  Tensor out(t, {s.b, s.k, out_d}), coupling(t, {s.b, s.k, s.l});
+  Tensor pooled(t, {s.b, s.k, weight == 4 ? out_d : s.d});
   Tensor grad = Tensor(t, {s.b, s.k, out_d}).random(), grad_inputs(t, in), grad_weight(t, w);
+  Tensor grad_logits(t, {s.b, s.k, s.l});
   RoutingArgs args{};
   args.inputs = inputs;
-  if (weight == 1 || weight == 2) args.weight = matrix;
+  if (weight == 1 || weight == 2 || weight == 4) args.weight = matrix;
   args.logits = logits;
   args.mask = lengths ? View(length) : View(mask);
   args.capsule_mask = present;
@@ -161,12 +165,23 @@ void routing_case(DType t, Shape s, int weight, SoftmaxAxis axis, Padding paddin
   coupling.check("coupling");
   grad_inputs.check("gradient of the inputs");
   if (args.weight) grad_weight.check("gradient of the routing weight");
+  args.update = Update::coupling;
+  args.full_gradient = true;
+  args.grad_logits = grad_logits;
+  for (const bool normalize : {false, true}) {
+    args.normalize_agreement = normalize;
+    kernels().dynamic_routing(args);
+    kernels().dynamic_routing_backward(args);
+    grad_inputs.check("full gradient of the inputs");
+    grad_logits.check("gradient of the logits");
+    if (args.weight) grad_weight.check("full gradient of the routing weight");
+  }
 }
 
 void bridge_case(DType t, Shape s, bool own_source) {
   const int64_t d_target = s.d + 1;
-  const std::vector<int64_t> source_sizes = own_source ? std::vector<int64_t>{s.b, s.k, s.d}
-                                                       : std::vector<int64_t>{s.b, s.d};
+  const std::vector<int64_t> source_sizes =
+      own_source ? std::vector<int64_t>{s.b, s.k, s.d} : std::vector<int64_t>{s.b, s.d};
   Tensor interests = Tensor(t, {s.b, s.k, s.d + 2}, 1).random();
   Tensor source = Tensor(t, source_sizes).random();
   Tensor w1 = Tensor(t, {s.h, s.d + 2}, 2).random(), b1 = Tensor(t, {s.h}).random();
@@ -194,8 +209,8 @@ void bridge_case(DType t, Shape s, bool own_source) {
   args.grad_w2 = grad_w2;
   args.grad_b2 = grad_b2;
   kernels().interest_bridge_backward(args);
-  for (const Tensor* result : {&out, &grad_interests, &grad_source, &grad_w1, &grad_b1, &grad_w2,
-                               &grad_b2}) {
+  for (const Tensor* result :
+       {&out, &grad_interests, &grad_source, &grad_w1, &grad_b1, &grad_w2, &grad_b2}) {
     result->check("interest_bridge");
   }
 }
@@ -367,9 +382,13 @@ void mimnet_case(DType t, Shape s, bool ids) {
 int main() {
   const Shape shapes[] = {{1, 1, 1, 1, 1}, {5, 4, 3, 7, 9}, {37, 20, 7, 10, 50}, {70, 3, 2, 17, 8}};
   for (const DType t : {DType::float32, DType::float64}) {
+    // More votes than are kept, and positions in several chunks.
+    for (const SoftmaxAxis axis : {SoftmaxAxis::capsules, SoftmaxAxis::inputs}) {
+      routing_case(t, {3, 700, 8, 25, 1}, 4, axis, Padding::zero_after, false);
+    }
     for (const Shape& s : shapes) {
       squash_case(t, s);
-      for (int weight = 0; weight < 4; ++weight) {
+      for (int weight = 0; weight <= 4; ++weight) {
         for (const SoftmaxAxis axis : {SoftmaxAxis::capsules, SoftmaxAxis::inputs}) {
           for (const Padding p : {Padding::zero_after, Padding::fill_before, Padding::ignore}) {
             routing_case(t, s, weight, axis, p, weight % 2 == 0);
