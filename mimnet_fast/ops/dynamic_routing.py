@@ -64,7 +64,8 @@ def dynamic_routing(
         v_k = squash(z_k)
         b_kl <- b_kl + v_k . u_kl             not after the last iteration
 
-    Shared and per-capsule weights never form the votes on the compiled backends.
+    Shared and per-capsule weights form no votes on the compiled backends, unless these are to be
+    normalised; those of a weight per position are never held for the whole batch.
 
     Args:
         inputs: ``[B, L, D_in]``; with ``weight=None`` the votes, ``[B, L, D]`` (the same for all K)
