@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/mimnet-fast demo
 
 test: setup
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal --durations 20
 
 test-packaging: setup
 	$(BIN)/pytest -m packaging

@@ -161,7 +161,7 @@ _PROBLEMS: dict[str, Callable[[str], str | None]] = {
 _SERVE_FLOAT64 = [("native", "cpu")]
 
 
-def _problem(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     if dtype is torch.float64 and (name, device_type) not in _SERVE_FLOAT64:
         return f"no {name} kernels for float64 {device_type} tensors: use float32"
     return _PROBLEMS[name](device_type)
@@ -176,10 +176,10 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     return {**{name: _PROBLEMS[name](device_type) for name in KERNELS}, "reference": None}
 
 
-def _reasons(op: str, like: Tensor, unsupported: Unsupported) -> dict[str, list[str]]:
+def _reasons(like: Tensor, unsupported: Unsupported) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for name in KERNELS:
-        problem = _problem(name, op, like.device.type, like.dtype)
+        problem = _problem(name, like.device.type, like.dtype)
         reasons[name] = [problem] if problem else list(unsupported.get(name, ()))
     reasons["reference"] = []
     return reasons
@@ -192,15 +192,15 @@ def select(op: str, backend: str | None, like: Tensor, unsupported: Unsupported)
     """
     chosen = _choose(op, backend, like, unsupported)
     if _watched is not None:
-        kernels = _AUTO.get(like.device.type, _KERNELS) if chosen == "reference" else ()
-        why = [reason for name in kernels for reason in _reasons(op, like, unsupported)[name]]
+        kernels = _AUTO.get(like.device.type, KERNELS) if chosen == "reference" else ()
+        why = [reason for name in kernels for reason in _reasons(like, unsupported)[name]]
         _watched.append(Served(op, chosen, "; ".join(dict.fromkeys(why))))
     return chosen
 
 
-def _choose(op: str, backend: str | None, like: Tensor, unsupported: list[str]) -> str:
+def _choose(op: str, backend: str | None, like: Tensor, unsupported: Unsupported) -> str:
     if backend is _EXPLAIN:
-        raise _Explanation(_reasons(op, like, unsupported))
+        raise _Explanation(_reasons(like, unsupported))
     name = _default if backend is None else _checked(backend, "backend")
     if name == "reference":
         return name
@@ -208,12 +208,12 @@ def _choose(op: str, backend: str | None, like: Tensor, unsupported: list[str]) 
         for candidate in _AUTO.get(like.device.type, ()):
             if unsupported.get(candidate):
                 continue
-            if _problem(candidate, op, like.device.type, like.dtype) is None:
+            if _problem(candidate, like.device.type, like.dtype) is None:
                 return candidate
         if not torch.compiler.is_compiling():
-            _log_fallback(op, _reasons(op, like, unsupported))
+            _log_fallback(op, _reasons(like, unsupported))
         return "reference"
-    problems = _reasons(op, like, unsupported)[name]
+    problems = _reasons(like, unsupported)[name]
     if problems:
         raise BackendUnavailable(
             f"{op}: backend {name!r} cannot serve this call: {'; '.join(problems)}. "
