@@ -33,6 +33,11 @@ def some_users(backend: str, b: int) -> int:
     return min(b, 5) if interpreted(backend) else b
 
 
+def own_programs(name: str) -> bool:
+    """Whether a user is a program of its own in the Triton kernels of this op of `EVERY_OP`."""
+    return "routing" in name or "mimnet" in name
+
+
 def dtype_id(value: Any) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, bridge_call, dtype_id, shape_id
+from cases import DTYPES, bridge_call, dtype_id, shape_id, some_users
 
 from mimnet_fast import ops
 
@@ -27,6 +27,8 @@ SHAPES = [
 @pytest.mark.parametrize("per_interest", [False, True], ids=["per_user", "per_interest"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_matches_the_reference(backend, dtype, per_interest, shape):
+    if shape["d_t"] > 16:
+        shape = {**shape, "b": some_users(backend, shape["b"])}
     bridge_call(per_interest=per_interest, dtype=dtype, **shape).verify(backend)
 
 

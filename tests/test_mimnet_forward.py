@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 import torch
-from cases import CUDA_ON_HOST, DTYPES, SINGLE_AND_HALF, Call, dtype_id, mimnet_call, shape_id
+from cases import (
+    CUDA_ON_HOST,
+    DTYPES,
+    SINGLE_AND_HALF,
+    Call,
+    dtype_id,
+    mimnet_call,
+    shape_id,
+    some_users,
+)
 
 from mimnet_fast import BackendUnavailable, ops
 from mimnet_fast._options import PADDINGS
@@ -31,6 +40,7 @@ def ids_id(dtype):
 @pytest.mark.parametrize("ids", IDS, ids=ids_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_shapes(backend, dtype, ids, shape):
+    shape = {**shape, "b": some_users(backend, shape["b"])}
     mimnet_call(ids=ids, history="lengths", dtype=dtype, **shape).verify(backend)
 
 

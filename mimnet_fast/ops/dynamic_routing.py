@@ -14,7 +14,11 @@ from mimnet_fast.ops.squash import check_squash
 
 _INPUTS = "[B, L, D_in], or the votes [B, K, L, D] when weight is None"
 _WEIGHT = "None, [D_in, D], [K, D_in, D] or [L, K, D_in, D]"
-_GPU_KERNELS = {"native": "CUDA", "triton": "Triton"}
+_SERVE_SOME_OPTIONS = {
+    "cpu": {"triton": "Triton"},
+    "cuda": {"native": "CUDA", "triton": "Triton"},
+}
+"""Backends without kernels for some options, by device, and what their kernels are called."""
 
 
 def _capsules(candidates: dict[str, int | None]) -> int:
@@ -156,8 +160,7 @@ def dynamic_routing(
     squash_code, power = check_squash(squash, eps, power, "squash")
 
     unsupported: dict[str, list[str]] = {}
-    kinds = {"triton": "Triton"} if inputs.device.type == "cpu" else _GPU_KERNELS
-    for name, kind in kinds.items():
+    for name, kind in _SERVE_SOME_OPTIONS.get(inputs.device.type, {}).items():
         asked = {
             "a weight per position and capsule": weight is not None and weight.dim() == 4,
             'gradient="full"': full,

@@ -7,6 +7,7 @@ Plain reads and writes of shared memory are not checked, except that writes next
 from __future__ import annotations
 
 import fcntl
+import importlib
 import shutil
 import subprocess
 import sysconfig
@@ -48,3 +49,5 @@ def load() -> None:
 
     torch.ops.load_library(build("cuda_on_host"))
     backends._SERVE_FLOAT64.remove(("native", "cpu"))
+    options = importlib.import_module("mimnet_fast.ops.dynamic_routing")._SERVE_SOME_OPTIONS
+    options["cpu"] = options["cuda"]
