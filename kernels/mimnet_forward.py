@@ -584,14 +584,23 @@ def _interests(pooled: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def _routing_options(iterations: int, padding: int) -> tuple[int | float, ...]:
+    """MIMNet's, as the launchers of a routing take them from ``iterations`` to ``power``."""
+    accumulate, normalize_agreement, full_gradient, inner_squash, final_squash = 0, 0, 0, 1, 1
+    return (
+        iterations, CAPSULES.value, padding, accumulate, normalize_agreement, full_gradient,
+        inner_squash, final_squash, 1.0, SQRT_EPS.value, _EPS.value, 1.0,
+    )  # fmt: skip
+
+
 def _route_in_parts(
     history: Tensor, table: Tensor | None, weight: Tensor, logits: Tensor, mask: Tensor | None,
     iterations: int, padding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Interests in float32, coupling and weighted sums."""
     return dynamic_routing(
-        _embedded(history, table), weight, logits, mask, None, logits.shape[1], iterations,
-        CAPSULES.value, padding, True, True, 1.0, SQRT_EPS.value, _EPS.value, 1.0, torch.float32,
+        _embedded(history, table), weight, logits, mask, None, logits.shape[1],
+        *_routing_options(iterations, padding), torch.float32,
     )  # fmt: skip
 
 
@@ -755,8 +764,8 @@ def _backward_in_parts(
                 history, table, parameters[0], logits, mask, iterations, padding
             )
         found = dynamic_routing_backward(
-            interests_grad, history, parameters[0], coupling, pooled, True, SQRT_EPS.value,
-            _EPS.value, 1.0, needs & 1 | needs >> 3 & 2,
+            interests_grad, history, parameters[0], logits, mask, None, coupling, pooled,
+            *_routing_options(iterations, padding), needs & 1 | needs >> 3 & 2,
         )  # fmt: skip
         history_grad = found[0] if needs & 1 else history_grad
         weight_grad = found[1] if needs & 16 else weight_grad

@@ -160,7 +160,8 @@ def dynamic_routing(
     squash_code, power = check_squash(squash, eps, power, "squash")
 
     unsupported: dict[str, list[str]] = {}
-    for name, kind in _SERVE_SOME_OPTIONS.get(inputs.device.type, {}).items():
+    device = "cpu" if inputs.device.type == "cpu" else "cuda"
+    for name, kind in _SERVE_SOME_OPTIONS[device].items():
         asked = {
             "a weight per position and capsule": weight is not None and weight.dim() == 4,
             'gradient="full"': full,
