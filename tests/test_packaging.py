@@ -191,7 +191,7 @@ class TestInstall:
         assert report["libraries"]["_C"] != "loaded"
         assert "MIMNET_FAST_BUILD=none" in report["build"]["libraries"]["_C"]
         assert list(environment.site_packages.rglob("mimnet_fast/*.so")) == []
-        assert report["backends"]["reference"] == "available"
+        assert report["backends"]["cpu"]["reference"] == "available"
 
     def test_none_takes_stale_libraries_out_of_an_editable_tree(self, environment, sdist, tmp_path):
         tree = unpack(sdist, tmp_path / "tree")
