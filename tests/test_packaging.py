@@ -102,10 +102,12 @@ class Environment:
         """The info report, and what only a running interpreter can tell, seen from `cwd`."""
         report = json.loads(run(self.python, "-m", "mimnet_fast.info", "--json", cwd=cwd))
         probe = (
-            "import importlib.util, torch; from mimnet_fast import ops; x = torch.rand(3, 5);"
+            "import importlib.util, os, torch; from mimnet_fast import ops; x = torch.rand(3, 5);"
             "y = {b: ops.squash(x, backend=b) for b in ('reference', BACKEND)};"
             "torch.testing.assert_close(y[BACKEND], y['reference']);"
-            "assert importlib.util.find_spec('kernels') is None"
+            # Nothing installs a top-level package of this name; a source tree in the way has one.
+            "found = importlib.util.find_spec('kernels');"
+            "assert found is None or found.origin == os.path.abspath('kernels/__init__.py')"
         )
         loaded = report["libraries"]["_C"] == "loaded"
         run(
