@@ -147,19 +147,12 @@ class _Launchers(TorchDispatchMode):
 def _calls() -> Iterator[tuple[str, Call]]:
     """The standard sizes, from padded to wide, and every kind of argument; few for every path."""
     widest = sizes.Case("D128", 16, 20, 7, 128, 128)
-    at_sizes = {
-        torch.float32: (sizes.PAPER, sizes.WIDE, widest),
-        torch.bfloat16: (sizes.PAPER, sizes.WIDE, widest),
-        torch.float16: (sizes.WIDE,),
-    }
-    for dtype, some in at_sizes.items():
-        name = str(dtype).removeprefix("torch.")
-        for op in ops.FUNCTIONS:
-            for case in some:
-                call = sizes.make_call(op, case, dtype)
-                yield f"{case.name} {name}", Call(getattr(ops, op), call.args, call.kwargs)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
+        for op in ops.FUNCTIONS:
+            for case in (sizes.PAPER, sizes.WIDE, widest):
+                call = sizes.make_call(op, case, dtype)
+                yield f"{case.name} {name}", Call(getattr(ops, op), call.args, call.kwargs)
         capsnet = {"b": 16, "length": 1152, "k": 10, "d_in": 8, "d": 16, "weight": "per_capsule"}
         yield f"capsnet {name}", routing_call(**capsnet, dtype=dtype).trainable()
         over_inputs = {"k": 10, "d_in": 64, "d": 64, "softmax_over": "inputs", "padding": "ignore"}
@@ -209,7 +202,11 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
     return list(found.values())
 
 
-_found: list[_Variant] = []  # inherited by the forked workers: a JIT function cannot be sent
+_found: list[_Variant] = []  # each process finds them anew: a JIT function cannot be sent
+
+
+def _find_variants(architectures: Sequence[str]) -> None:
+    _found[:] = variants(_calls(), architectures)
 
 
 def _compile_variant(index: int, architecture: str) -> Code:
@@ -232,10 +229,12 @@ def _compile_variant(index: int, architecture: str) -> Code:
     return replace(code, problems=tuple(problems))
 
 
-def compile_triton(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) -> list[Kernel]:
-    """What the launchers start for the calls."""
-    _found[:] = variants(calls, architectures)
-    with ProcessPoolExecutor(JOBS, multiprocessing.get_context("fork")) as pool:
+def compile_triton(architectures: Sequence[str]) -> list[Kernel]:
+    """What the launchers start for `_calls`."""
+    _find_variants(architectures)
+    # Not forked: locks that the threads of torch hold would stay locked in the workers.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(JOBS, spawn, _find_variants, (architectures,)) as pool:
         jobs = [
             {arch: pool.submit(_compile_variant, index, arch) for arch in variant.data}
             for index, variant in enumerate(_found)
@@ -335,7 +334,7 @@ def main() -> int:
     options = parser.parse_args()
     architectures = options.architectures or ARCHITECTURES[options.language]
     if options.language == "triton":
-        kernels = compile_triton(_calls(), architectures)
+        kernels = compile_triton(architectures)
     else:
         kernels = compile_cuda(architectures)
     print(table(kernels))
