@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from mimnet_fast import backends
 from mimnet_fast.cdr import cli, demo
 from mimnet_fast.cdr.cli import app
 from mimnet_fast.cdr.models import MODELS, TRIVIAL
@@ -58,8 +59,14 @@ def test_prepare_then_train_then_add_a_model(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_told_without_a_traceback(
-    prepared: Path, tmp_path: Path, arguments: list[str], message: str
+    prepared: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # As where nothing interprets Triton's kernels.
+    monkeypatch.setitem(backends._PROBLEMS, "triton", lambda device: f"no kernels for {device}")
     result = invoke("train", prepared, "--out", tmp_path / "run", *arguments)
     assert result.exit_code == 2
     assert result.stderr.count("error: ") == 1
