@@ -4,7 +4,8 @@ Ops exist without a compiler: the libraries and the Triton kernels only add impl
 compiled kernels of every device serve ``<op>``, the Triton kernels ``<op>_triton``. Codes stand for
 option names (`_options.py`). `needs` is a bit mask over the inputs of the forward op whose gradient
 is wanted; the others come back as empty tensors. A `mask` is boolean ``[B,L]`` or integer lengths
-``[B]``.
+``[B]``; of jagged histories, which have the dimension T in place of B and L, it is the offsets
+``[B+1]``, and the coupling is ``[K,T]``.
 """
 
 from __future__ import annotations

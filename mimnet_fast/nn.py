@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, init
 
 from mimnet_fast import ops
+from mimnet_fast.ops._jagged import unpack
 from mimnet_fast.reference.multi_granularity_attention import AttentionWeights
 from mimnet_fast.variants import RoutingVariant
 
@@ -144,17 +145,17 @@ class DynamicRouting(Module):
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        offsets: Tensor | None = None,
         logits: Tensor | None = None,
         capsule_mask: Tensor | None = None,
     ) -> Tensor:
-        """``[B, L, D_in]`` to capsules ``[B, K, D]``."""
+        """``[B, L, D_in]``, or jagged ``[T, D_in]`` with offsets, to capsules ``[B, K, D]``."""
+        inputs, offsets = unpack("inputs", inputs, offsets)
         if logits is None and self.initial_logits == "normal":
-            batch, length = inputs.shape[:2]
-            logits = torch.randn(
-                batch, self.num_capsules, length, device=inputs.device, dtype=inputs.dtype
-            )
+            shape = (*inputs.shape[:-2], self.num_capsules, inputs.shape[-2])
+            logits = torch.randn(shape, device=inputs.device, dtype=inputs.dtype)
         weight: Tensor = self.weight
-        if weight.dim() == 4 and inputs.shape[1] < weight.shape[0]:
+        if weight.dim() == 4 and offsets is None and inputs.shape[1] < weight.shape[0]:
             weight = weight[: inputs.shape[1]]
         return ops.dynamic_routing(
             inputs,
@@ -163,6 +164,7 @@ class DynamicRouting(Module):
             num_capsules=self.num_capsules,
             mask=mask,
             lengths=lengths,
+            offsets=offsets,
             capsule_mask=capsule_mask,
             backend=self.backend,
             **self.options,

@@ -8,12 +8,14 @@ Tensors3 dynamic_routing(Tensor inputs, OptionalTensor weight, OptionalTensor lo
                          bool normalize_agreement, bool full_gradient, bool inner_squash,
                          bool final_squash, double temperature, int64_t squash, double eps,
                          double power) {
-  const int64_t batch = inputs.size(0);
+  const bool jagged = is_jagged(inputs, 2, mask);
+  const int64_t batch = jagged ? mask->size(0) - 1 : inputs.size(0);
   const int64_t length = inputs.size(inputs.dim() - 2), d_in = inputs.size(inputs.dim() - 1);
   const int64_t d = weight.has_value() ? weight->size(weight->dim() - 1) : d_in;
   const ScalarType saved = saved_dtype(inputs);
   Tensor out = empty(inputs, {batch, num_capsules, d});
-  Tensor coupling = empty(inputs, {batch, num_capsules, length}, saved);
+  Tensor coupling = jagged ? empty(inputs, {num_capsules, length}, saved)
+                           : empty(inputs, {batch, num_capsules, length}, saved);
   const bool per_position = weight.has_value() && weight->dim() == 4;
   Tensor pooled = empty(inputs, {batch, num_capsules, per_position ? d : d_in}, saved);
   Device device(inputs);
@@ -49,7 +51,10 @@ Tensors3 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor wei
                                   int64_t update, bool normalize_agreement, bool full_gradient,
                                   bool inner_squash, bool final_squash, double temperature,
                                   int64_t squash, double eps, double power, int64_t needs) {
-  const auto grads = gradients_like<3>({inputs, weight, logits}, inputs, needs);
+  auto grads = gradients_like<3>({inputs, weight, logits}, inputs, needs);
+  const bool jagged = is_jagged(inputs, 2, mask);
+  // No history may reach the last of the logits.
+  if (jagged) torch::stable::zero_(grads[2]);
   Device device(inputs);
   RoutingArgs args{};
   args.inputs = view(inputs);
@@ -57,7 +62,7 @@ Tensors3 dynamic_routing_backward(Tensor grad, Tensor inputs, OptionalTensor wei
   args.logits = view(logits);
   args.mask = view(mask);
   args.capsule_mask = view(capsule_mask);
-  args.capsules = coupling.size(1);
+  args.capsules = coupling.size(jagged ? 0 : 1);
   args.iterations = iterations;
   args.axis = SoftmaxAxis(softmax_over);
   args.padding = Padding(padding);

@@ -9,6 +9,9 @@ MIMNetArgs arguments(Device& device, const Tensor& history, const OptionalTensor
                      const Tensor& w2, const Tensor& b2, const FusionWeights& fusion,
                      const Tensor& logits, const OptionalTensor& mask, int64_t iterations,
                      int64_t padding) {
+  const bool jagged = is_jagged(history, table.has_value() ? 1 : 2, mask);
+  STD_TORCH_CHECK(!jagged || mask->size(0) == source.size(0) + 1,
+                  "mimnet_fast: offsets need a value more than there are users");
   MIMNetArgs args{};
   args.history = view(history);
   args.table = view(table);
@@ -37,7 +40,7 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
                         Tensor coarse_kw, Tensor, Tensor coarse_vw, Tensor coarse_vb,
                         Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
                         OptionalTensor mask, int64_t iterations, int64_t padding) {
-  const int64_t batch = source.size(0), d = source.size(1), k = logits.size(1);
+  const int64_t batch = source.size(0), d = source.size(1), k = logits.size(logits.dim() - 2);
   const ScalarType saved = saved_dtype(source);
   Tensor ratings = empty(source, {batch});
   Tensor pooled = empty(source, {batch, k, d}, saved);

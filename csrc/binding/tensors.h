@@ -74,6 +74,14 @@ inline View with_candidates(const Tensor& tensor, int rank) {
   return v;
 }
 
+// Whether values stand one after another, which takes a dimension less and offsets as the mask.
+inline bool is_jagged(const Tensor& values, int64_t dims, const std::optional<Tensor>& mask) {
+  if (values.dim() != dims) return false;
+  STD_TORCH_CHECK(mask.has_value() && mask->dim() == 1 && mask->size(0) > 0,
+                  "mimnet_fast: jagged histories need offsets [B+1]");
+  return true;
+}
+
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(like, sizes);
 }

@@ -18,10 +18,10 @@ struct SquashArgs {
 };
 
 struct RoutingArgs {
-  View inputs;        // [B,L,D_in], or votes [B,K,L,D] without a weight
+  View inputs;        // [B,L,D_in], votes [B,K,L,D] without a weight, or jagged [T,D_in]
   View weight;        // none, [D_in,D], [K,D_in,D] or [L,K,D_in,D]
-  View logits;        // none, [B,K,L] or [1,K,L]
-  View mask;          // none, bool [B,L] or lengths [B]
+  View logits;        // none, [B,K,L] or [1,K,L]; with jagged inputs also [K,T]
+  View mask;          // none, bool [B,L] or lengths [B]; of jagged inputs the offsets [B+1]
   View capsule_mask;  // none or bool [B,K]
   int64_t capsules, iterations;
   SoftmaxAxis axis;
@@ -32,7 +32,7 @@ struct RoutingArgs {
   double temperature;
   Squash squash;
   View out;       // [B,K,D]
-  View coupling;  // [B,K,L]
+  View coupling;  // [B,K,L], or [K,T]
   View pooled;    // [B,K,D_in], or [B,K,D] with a weight per position
   // Backward only: the gradient of out, and what is wanted.
   View grad, grad_inputs, grad_weight, grad_logits;
@@ -88,12 +88,12 @@ struct MultiGranularityArgs {
 };
 
 struct MIMNetArgs {
-  View history;                  // [B,L,D], or ids [B,L]
+  View history;                  // [B,L,D] or jagged [T,D], or ids [B,L] or [T]
   View table;                    // [N,D] when history holds ids
   View source, item, prototype;  // [B,D]
   View routing_weight, w1, b1, w2, b2;
   FusionWeights fusion;
-  View logits, mask;
+  View logits, mask;  // as in RoutingArgs
   int64_t iterations;
   Padding padding;
   View ratings;      // [B]

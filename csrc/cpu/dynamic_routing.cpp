@@ -27,6 +27,12 @@ MIMNET_FAST_INLINE void softmax(Vec<T>* x, int64_t count, int64_t stride, const 
   for (int64_t i = 0; i < count; ++i) x[i * stride] *= inverse;
 }
 
+// Logits [.., L] of as many positions, or of all that there are.
+View first_positions(View logits, int64_t length) {
+  if (logits.size[2] > length) logits.size[2] = length;
+  return logits;
+}
+
 }  // namespace
 
 template <class T>
@@ -98,13 +104,28 @@ void apply_routing_weight_transposed(const RoutingPlan<T>& p, Vec<T>* pooled_gra
 
 template <class T>
 void load_routing_options(const RoutingPlan<T>& p, RoutingLogits<T>& s, const View& logits,
-                          const View& mask, const View& capsule_mask, Group group) {
-  if (logits) {
-    load_matrix<T>(s.logits, logits, group);
-  } else {
+                          const View& mask, const View& capsule_mask, Group group,
+                          const Histories& histories) {
+  if (!logits || histories) {
     for (int64_t i = 0; i < p.capsules * p.length; ++i) s.logits[i] = Vec<T>{};
   }
-  if (!mask) {
+  if (logits && !histories) {
+    load_matrix<T>(s.logits, logits, group);
+  } else if (logits && logits.dims == 2) {
+    load_history_rows<T>(s.logits, logits, histories, group);
+  } else if (logits) {
+    const View first = first_positions(logits, p.length);
+    for (int64_t i = 0; i < p.capsules; ++i) {
+      load_rows<T>(s.logits + i * p.length, first, group, i);
+    }
+  }
+  if (histories) {
+    for (int64_t l = 0; l < p.length; ++l) {
+      Vec<T> real{};
+      for (int w = 0; w < group.users; ++w) real[w] = T(l < histories.length(group.user(w)));
+      s.mask[l] = real;
+    }
+  } else if (!mask) {
     s.mask = nullptr;
   } else if (mask.dtype == DType::boolean) {
     load_flags<T>(s.mask, mask, group);
@@ -112,7 +133,7 @@ void load_routing_options(const RoutingPlan<T>& p, RoutingLogits<T>& s, const Vi
     for (int64_t l = 0; l < p.length; ++l) {
       Vec<T> real{};
       for (int w = 0; w < group.users; ++w) {
-        const char* item = at(mask, group.first + w);
+        const char* item = at(mask, group.user(w));
         const int64_t items = mask.dtype == DType::int64 ? *reinterpret_cast<const int64_t*>(item)
                                                          : *reinterpret_cast<const int32_t*>(item);
         real[w] = T(l < items);
@@ -217,11 +238,66 @@ void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const Vie
 
 namespace {
 
+// The same for histories: gradients of K x T, and the sum in the order that dense inputs have.
 template <class T>
-RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight) {
+void sum_logit_gradients(const Rows<T>& grads, const Histories& histories, const View& out,
+                         const Parallel& parallel) {
+  const int64_t positions = histories.positions(), batch = histories.batch();
+  const int64_t length = positions < out.size[2] ? positions : out.size[2];
+  const int64_t full = batch - batch % kLanes<T>;
+  with_storage(out.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    parallel(out.size[1], grads.width, [&](int64_t begin, int64_t end) {
+      Scratch<T> scratch(length);
+      Vec<T>* sums = scratch.take(length);
+      for (int64_t k = begin; k < end; ++k) {
+        const T* row = grads.get() + k * grads.width;
+        for (int64_t l = 0; l < length; ++l) sums[l] = Vec<T>{};
+        const auto each_user = [&](int64_t first, int64_t last, auto add) {
+          for (int64_t b = first; b < last; ++b) {
+            const int64_t count = histories.length(b) < length ? histories.length(b) : length;
+            for (int64_t l = 0; l < count; ++l) add(b, l, row[histories.first(b) + l]);
+          }
+        };
+        each_user(0, full, [&](int64_t b, int64_t l, T grad) { sums[l][b % kLanes<T>] += grad; });
+        for (int64_t l = 0; l < length; ++l) {
+          for (int w = 1; w < kLanes<T>; ++w) sums[l][0] += sums[l][w];
+        }
+        each_user(full, batch, [&](int64_t, int64_t l, T grad) { sums[l][0] += grad; });
+        for (int64_t l = 0; l < length; ++l) {
+          *reinterpret_cast<S*>(at(out, 0, k, l)) = narrow<S>(T(sums[l][0]));
+        }
+      }
+    });
+  });
+}
+
+// The users of a call, in the order in which they are routed.
+template <class T>
+struct Users {
+  const Histories histories;
+  const int64_t batch;
+  const Blocks<T> blocks;
+
+  explicit Users(const RoutingArgs& args)
+      : histories(args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
+                                        : Histories()),
+        batch(histories ? histories.batch() : args.inputs.size[0]),
+        blocks(batch, args.execution.parallel.threads, histories.order()) {}
+
+  Group group(int64_t g) const { return blocks.group(g / blocks.per_block, g % blocks.per_block); }
+  // What all users leave behind for their positions, where that is a row for each.
+  int64_t rows(const RoutingArgs& args, int64_t length) const {
+    return histories ? args.inputs.size[0] : batch * length;
+  }
+};
+
+// The plan of all users: as long as their longest history.
+template <class T>
+RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight, const Histories& histories) {
   const View& x = args.inputs;
   RoutingPlan<T> p{};
-  p.length = x.size[x.dims - 2];
+  p.length = histories ? histories.positions() : x.size[x.dims - 2];
   p.capsules = args.capsules;
   p.d_in = x.size[x.dims - 1];
   p.d = args.weight ? args.weight.size[args.weight.dims - 1] : p.d_in;
@@ -243,7 +319,9 @@ RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight) {
 }
 
 template <class T>
-void load_inputs(const RoutingPlan<T>& p, Vec<T>* lanes, const View& inputs, Group group) {
+void load_inputs(const RoutingPlan<T>& p, Vec<T>* lanes, const View& inputs, Group group,
+                 const Histories& histories) {
+  if (histories) return load_histories<T>(lanes, inputs, histories, group);
   if (p.kind != RoutingWeight::none_per_capsule) return load_matrix<T>(lanes, inputs, group);
   for (int64_t k = 0; k < p.capsules; ++k) {
     for (int64_t l = 0; l < p.length; ++l) {
@@ -253,7 +331,9 @@ void load_inputs(const RoutingPlan<T>& p, Vec<T>* lanes, const View& inputs, Gro
 }
 
 template <class T>
-void store_inputs(const RoutingPlan<T>& p, const Vec<T>* lanes, const View& inputs, Group group) {
+void store_inputs(const RoutingPlan<T>& p, const Vec<T>* lanes, const View& inputs, Group group,
+                  const Histories& histories) {
+  if (histories) return store_histories<T>(lanes, inputs, histories, group);
   if (p.kind != RoutingWeight::none_per_capsule) return store_matrix<T>(lanes, inputs, group);
   for (int64_t k = 0; k < p.capsules; ++k) {
     for (int64_t l = 0; l < p.length; ++l) {
@@ -309,24 +389,29 @@ void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
 template <class T>
 void forward(const RoutingArgs& args) {
   const Parameter<T> weight(args.weight);
-  const RoutingPlan<T> p = make_plan(args, weight.get());
-  const bool of_votes = routes_votes(p);
-  if (p.kind == RoutingWeight::per_position && !of_votes) return route_positions(args, p);
-  const bool pools_inputs = of_votes && p.kind == RoutingWeight::shared;
-  const RoutingPlan<T> routed = of_votes ? plan_of_votes(p) : p;
-  const int64_t work = routed.work() + (of_votes ? votes_work(p) : 0);
-  const bool usual = p.update == Update::accumulate && !p.normalize_agreement;
-  const Blocks<T> blocks(args.inputs.size[0], args.execution.parallel.threads);
-  args.execution.parallel(blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(RoutingState<T>::vectors(routed) + (of_votes ? p.input_vectors() : 0) +
-                       (pools_inputs ? p.capsules * p.d_in : 0));
-    RoutingState<T> s(routed, scratch);
-    Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
-    Vec<T>* pooled = pools_inputs ? scratch.take(p.capsules * p.d_in) : s.pooled;
+  const Users<T> users(args);
+  const Histories& histories = users.histories;
+  const RoutingPlan<T> whole = make_plan(args, weight.get(), histories);
+  const bool of_votes = routes_votes(whole);
+  if (whole.kind == RoutingWeight::per_position && !of_votes) return route_positions(args, whole);
+  const bool pools_inputs = of_votes && whole.kind == RoutingWeight::shared;
+  const RoutingPlan<T> whole_routed = of_votes ? plan_of_votes(whole) : whole;
+  const int64_t work = whole_routed.work() + (of_votes ? votes_work(whole) : 0);
+  const bool usual = whole.update == Update::accumulate && !whole.normalize_agreement;
+  args.execution.parallel(users.blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
+    const Scratch<T> memory(RoutingState<T>::vectors(whole_routed) +
+                            (of_votes ? whole.input_vectors() : 0) +
+                            (pools_inputs ? whole.capsules * whole.d_in : 0));
     for (int64_t g = begin; g < end; ++g) {
-      const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
-      load_inputs(p, inputs, args.inputs, group);
-      load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
+      const Group group = users.group(g);
+      const RoutingPlan<T> p = plan_of_group(whole, histories, group);
+      const RoutingPlan<T> routed = plan_of_group(whole_routed, histories, group);
+      Scratch<T> scratch = memory;
+      RoutingState<T> s(routed, scratch);
+      Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
+      Vec<T>* pooled = pools_inputs ? scratch.take(p.capsules * p.d_in) : s.pooled;
+      load_inputs(p, inputs, args.inputs, group, histories);
+      load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group, histories);
       if (of_votes) form_votes(p, s.inputs, inputs);
       if (usual) {
         route(routed, s);
@@ -339,19 +424,22 @@ void forward(const RoutingArgs& args) {
           squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);
       }
       store_matrix<T>(s.capsules, args.out, group);
-      store_matrix<T>(s.coupling, args.coupling, group);
+      if (histories) {
+        store_history_rows<T>(s.coupling, args.coupling, histories, group);
+      } else {
+        store_matrix<T>(s.coupling, args.coupling, group);
+      }
       store_matrix<T>(pooled, args.pooled, group);
     }
   });
 }
 
-// The weight gradient from `rows` rows that every user has left.
+// The weight gradient from the rows that users have left.
 template <class T>
 void add_up_weight_gradient(const RoutingArgs& args, const RoutingPlan<T>& p, const Rows<T>& inputs,
                             const Rows<T>& grads, int64_t rows) {
   if (!args.grad_weight) return;
   const int64_t matrices = p.kind == RoutingWeight::per_capsule ? p.capsules : 1;
-  rows *= args.inputs.size[0];
   for (int64_t i = 0; i < matrices; ++i) {
     // Row r of capsule i stands at r * matrices + i; a shared weight takes all rows alike.
     WeightGradients<T> gradients;
@@ -363,40 +451,59 @@ void add_up_weight_gradient(const RoutingArgs& args, const RoutingPlan<T>& p, co
 }
 
 template <class T>
-void full_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
-  const bool of_votes = routes_votes(p);
-  const RoutingPlan<T> routed = of_votes ? plan_of_votes(p) : p;
-  const int64_t batch = args.inputs.size[0], kl = p.capsules * p.length;
-  const int64_t terms = RoutingTrace<T>::terms(p);
-  const int64_t rows = of_votes ? p.length : terms * p.capsules;
+void full_backward(const RoutingArgs& args, const Users<T>& users, const RoutingPlan<T>& whole) {
+  const Histories& histories = users.histories;
+  const bool of_votes = routes_votes(whole);
+  const RoutingPlan<T> whole_routed = of_votes ? plan_of_votes(whole) : whole;
+  const int64_t kl = whole.capsules * whole.length;
+  const int64_t terms = RoutingTrace<T>::terms(whole);
+  const int64_t per_user = of_votes ? whole.length : terms * whole.capsules;
+  const int64_t rows = of_votes ? users.rows(args, per_user) : users.batch * per_user;
   Rows<T> input_rows, grad_rows;
   if (args.grad_weight) {
-    input_rows.allocate(batch * rows, p.d_in);
-    grad_rows.allocate(batch * rows, p.d);
+    input_rows.allocate(rows, whole.d_in);
+    grad_rows.allocate(rows, whole.d);
   }
   const auto save = [&](const Vec<T>* inputs, const Vec<T>* grads, Group group) {
     if (!args.grad_weight) return;
-    for (int64_t i = 0; i < rows; ++i) {
-      save_rows<T>(input_rows.get(), input_rows.width, inputs + i * p.d_in, p.d_in, group, rows, i);
-      save_rows<T>(grad_rows.get(), grad_rows.width, grads + i * p.d, p.d, group, rows, i);
+    const int64_t d_in = whole.d_in, d = whole.d;
+    if (of_votes && histories) {
+      return each_position<T>(histories, group, [&](int64_t l, Group at_l) {
+        save_rows<T>(input_rows.get(), input_rows.width, inputs + l * d_in, d_in, at_l);
+        save_rows<T>(grad_rows.get(), grad_rows.width, grads + l * d, d, at_l);
+      });
+    }
+    for (int64_t i = 0; i < per_user; ++i) {
+      save_rows<T>(input_rows.get(), input_rows.width, inputs + i * d_in, d_in, group, per_user, i);
+      save_rows<T>(grad_rows.get(), grad_rows.width, grads + i * d, d, group, per_user, i);
     }
   };
-  const Blocks<T> blocks(batch, args.execution.parallel.threads);
-  const bool common_logits = args.grad_logits && args.grad_logits.size[0] == 1;
-  const Buffer<Vec<T>> logit_grads(common_logits ? blocks.groups * kl : 0);
-  args.execution.parallel(blocks.groups, 3 * p.work() * kLanes<T>, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(RoutingState<T>::vectors(routed) + RoutingTrace<T>::vectors_of(routed) +
-                       routed.input_vectors() + (of_votes ? 2 * p.input_vectors() : 0));
-    RoutingState<T> s(routed, scratch);
-    const RoutingTrace<T> trace(routed, scratch);
-    Vec<T>* routed_grad = scratch.take(routed.input_vectors());
-    Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
-    Vec<T>* input_grad = of_votes ? scratch.take(p.input_vectors()) : routed_grad;
-    Vec<T>* grad = trace.vectors + (terms - 1) * p.capsules * p.d;
+  const Blocks<T>& blocks = users.blocks;
+  const bool common_logits =
+      args.grad_logits && args.grad_logits.dims == 3 && args.grad_logits.size[0] == 1;
+  const bool common_dense = common_logits && !histories, common = common_logits && histories;
+  const Buffer<Vec<T>> logit_grads(common_dense ? blocks.groups * kl : 0);
+  Rows<T> history_logit_grads;  // K x T
+  if (common) history_logit_grads.allocate(whole.capsules, args.inputs.size[0]);
+  const View packed_logit_grads = history_logit_grads.view(whole.capsules, args.inputs.size[0]);
+  const int64_t work = 3 * whole.work() * kLanes<T>;
+  args.execution.parallel(blocks.groups, work, [&](int64_t begin, int64_t end) {
+    const Scratch<T> memory(
+        RoutingState<T>::vectors(whole_routed) + RoutingTrace<T>::vectors_of(whole_routed) +
+        whole_routed.input_vectors() + (of_votes ? 2 * whole.input_vectors() : 0));
     for (int64_t g = begin; g < end; ++g) {
-      const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
-      load_inputs(p, inputs, args.inputs, group);
-      load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group);
+      const Group group = users.group(g);
+      const RoutingPlan<T> p = plan_of_group(whole, histories, group);
+      const RoutingPlan<T> routed = plan_of_group(whole_routed, histories, group);
+      Scratch<T> scratch = memory;
+      RoutingState<T> s(routed, scratch);
+      const RoutingTrace<T> trace(routed, scratch);
+      Vec<T>* routed_grad = scratch.take(routed.input_vectors());
+      Vec<T>* inputs = of_votes ? scratch.take(p.input_vectors()) : s.inputs;
+      Vec<T>* input_grad = of_votes ? scratch.take(p.input_vectors()) : routed_grad;
+      Vec<T>* grad = trace.vectors + (terms - 1) * p.capsules * p.d;
+      load_inputs(p, inputs, args.inputs, group, histories);
+      load_routing_options(p, s, args.logits, args.mask, args.capsule_mask, group, histories);
       if (of_votes) form_votes(p, s.inputs, inputs);
       route_any(routed, s, &trace);
       load_matrix<T>(grad, args.grad, group);
@@ -404,8 +511,17 @@ void full_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
         squash_backward_lanes<T>(grad + i * p.d, s.capsules + i * p.d, p.d, p.squash);
       }
       route_backward(routed, s, trace, bool(args.grad_logits));
-      if (common_logits) {
+      if (common_dense) {
         copy_vectors<T>(logit_grads.get() + g * kl, trace.logit_grad, kl);
+      } else if (common) {
+        store_history_rows<T>(trace.logit_grad, packed_logit_grads, histories, group);
+      } else if (args.grad_logits && args.grad_logits.dims == 2) {
+        store_history_rows<T>(trace.logit_grad, args.grad_logits, histories, group);
+      } else if (args.grad_logits && histories) {
+        const View first = first_positions(args.grad_logits, p.length);
+        for (int64_t k = 0; k < p.capsules; ++k) {
+          store_rows<T>(trace.logit_grad + k * p.length, first, group, k);
+        }
       } else if (args.grad_logits) {
         store_matrix<T>(trace.logit_grad, args.grad_logits, group);
       }
@@ -417,35 +533,39 @@ void full_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
         multiply<T>({input_grad, p.d_in, 1}, {routed_grad, p.d, 1},
                     SharedMatrix<T>(p.weight, 1, p.d), p.length, p.d_in, p.d, false);
       }
-      if (args.grad_inputs) store_inputs(p, input_grad, args.grad_inputs, group);
+      if (args.grad_inputs) store_inputs(p, input_grad, args.grad_inputs, group, histories);
     }
   });
-  if (common_logits) {
+  if (common_dense) {
     sum_logit_gradients(logit_grads.get(), blocks, args.grad_logits, args.execution.parallel);
   }
-  add_up_weight_gradient(args, p, input_rows, grad_rows, rows);
+  if (common) {
+    sum_logit_gradients(history_logit_grads, histories, args.grad_logits, args.execution.parallel);
+  }
+  add_up_weight_gradient(args, whole, input_rows, grad_rows, rows);
 }
 
 template <class T>
-void last_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
-  const int64_t batch = args.inputs.size[0], k = p.capsules;
+void last_backward(const RoutingArgs& args, const Users<T>& users, const RoutingPlan<T>& whole) {
+  const Histories& histories = users.histories;
+  const int64_t batch = users.batch, k = whole.capsules;
   Rows<T> pooled_rows, capsule_rows;
   if (args.grad_weight) {
-    pooled_rows.allocate(batch * k, p.d_in);
-    capsule_rows.allocate(batch * k, p.d);
+    pooled_rows.allocate(batch * k, whole.d_in);
+    capsule_rows.allocate(batch * k, whole.d);
   }
-  const Blocks<T> blocks(batch, args.execution.parallel.threads);
-  const int64_t work = k * p.d_in * (p.length + 2 * p.d);
-  args.execution.parallel(blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(k * (2 * p.d_in + 2 * p.d + p.length) + p.input_vectors());
-    Vec<T>* pooled = scratch.take(k * p.d_in);
-    Vec<T>* pooled_grad = scratch.take(k * p.d_in);
-    Vec<T>* capsules = scratch.take(k * p.d);
-    Vec<T>* grad = scratch.take(k * p.d);
-    Vec<T>* coupling = scratch.take(k * p.length);
-    Vec<T>* input_grad = scratch.take(p.input_vectors());
+  const int64_t work = k * whole.d_in * (whole.length + 2 * whole.d);
+  args.execution.parallel(users.blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(k * (2 * whole.d_in + 2 * whole.d + whole.length) + whole.input_vectors());
+    Vec<T>* pooled = scratch.take(k * whole.d_in);
+    Vec<T>* pooled_grad = scratch.take(k * whole.d_in);
+    Vec<T>* capsules = scratch.take(k * whole.d);
+    Vec<T>* grad = scratch.take(k * whole.d);
+    Vec<T>* coupling = scratch.take(k * whole.length);
+    Vec<T>* input_grad = scratch.take(whole.input_vectors());
     for (int64_t g = begin; g < end; ++g) {
-      const Group group = blocks.group(g / blocks.per_block, g % blocks.per_block);
+      const Group group = users.group(g);
+      const RoutingPlan<T> p = plan_of_group(whole, histories, group);
       load_matrix<T>(grad, args.grad, group);
       load_matrix<T>(pooled, args.pooled, group);
       if (p.final_squash) {
@@ -462,25 +582,30 @@ void last_backward(const RoutingArgs& args, const RoutingPlan<T>& p) {
         }
       }
       if (args.grad_inputs) {
-        load_matrix<T>(coupling, args.coupling, group);
+        if (histories) {
+          load_history_rows<T>(coupling, args.coupling, histories, group);
+        } else {
+          load_matrix<T>(coupling, args.coupling, group);
+        }
         apply_routing_weight_transposed(p, pooled_grad, grad);
         routing_input_gradient(p, input_grad, coupling, pooled_grad);
-        store_inputs(p, input_grad, args.grad_inputs, group);
+        store_inputs(p, input_grad, args.grad_inputs, group, histories);
       }
     }
   });
-  add_up_weight_gradient(args, p, pooled_rows, capsule_rows, k);
+  add_up_weight_gradient(args, whole, pooled_rows, capsule_rows, batch * k);
 }
 
 template <class T>
 void backward(const RoutingArgs& args) {
   const Parameter<T> weight(args.weight);
-  const RoutingPlan<T> p = make_plan(args, weight.get());
+  const Users<T> users(args);
+  const RoutingPlan<T> p = make_plan(args, weight.get(), users.histories);
   // Votes of a weight per capsule that are normalised have a gradient along each of them.
   const bool every_vote =
       p.kind == RoutingWeight::per_capsule && p.normalize_agreement && args.full_gradient;
   if (p.kind == RoutingWeight::per_position || every_vote) return route_positions_backward(args, p);
-  args.full_gradient ? full_backward(args, p) : last_backward(args, p);
+  args.full_gradient ? full_backward(args, users, p) : last_backward(args, users, p);
 }
 
 }  // namespace
@@ -495,7 +620,7 @@ void dynamic_routing_backward(const RoutingArgs& args) {
 
 #define MIMNET_FAST_INSTANTIATE(T)                                                                 \
   template void load_routing_options<T>(const RoutingPlan<T>&, RoutingLogits<T>&, const View&,     \
-                                        const View&, const View&, Group);                          \
+                                        const View&, const View&, Group, const Histories&);        \
   template void softmax_logits<T>(const RoutingPlan<T>&, const RoutingLogits<T>&, int64_t,         \
                                   int64_t);                                                        \
   template void mask_coupling<T>(const RoutingPlan<T>&, const RoutingLogits<T>&);                  \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/kernels.h"
+#include "histories.h"
 #include "matmul.h"
 #include "memory.h"
 
@@ -92,10 +93,19 @@ MIMNET_FAST_INLINE Vec<T> radial_factor(Vec<T> inverse_norm) {
   return select(inverse_norm < T(0.99e12), inverse_norm * inverse_norm, Vec<T>{});
 }
 
-// Fills logits, mask and present for one group; null pointers where nothing was given.
+// The plan of one group, which runs only to its longest history.
+template <class T>
+RoutingPlan<T> plan_of_group(RoutingPlan<T> p, const Histories& histories, Group group) {
+  if (histories) p.length = histories.positions(group);
+  return p;
+}
+
+// Fills logits, mask and present for one group; null pointers where nothing was given. With
+// histories, the mask says where these end.
 template <class T>
 void load_routing_options(const RoutingPlan<T>& p, RoutingLogits<T>& s, const View& logits,
-                          const View& mask, const View& capsule_mask, Group group);
+                          const View& mask, const View& capsule_mask, Group group,
+                          const Histories& histories);
 
 // Softmax of the logits of positions [begin, end), all of them where it runs over the inputs, into
 // the coupling; what padding sets to 0 afterwards is still there.

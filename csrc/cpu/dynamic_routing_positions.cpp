@@ -173,7 +173,7 @@ class PositionRouting {
     sums_ = Buffer<Vec<T>>((terms_ > 1 ? p_.iterations : 1) * blocks_.groups * kd_);
     groups([&](int64_t g) {
       RoutingLogits<T> s = logits_of(g, 0);
-      load_routing_options<T>(p_, s, args_.logits, args_.mask, args_.capsule_mask, group(g));
+      load_routing_options<T>(p_, s, args_.logits, args_.mask, args_.capsule_mask, group(g), {});
     });
   }
 

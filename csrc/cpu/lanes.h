@@ -308,13 +308,18 @@ MIMNET_FAST_INLINE char* at(const View& view, int64_t i, int64_t j = 0, int64_t 
   return static_cast<char*>(view.data) + offset * element_size(view.dtype);
 }
 
-// The users of one group: up to kLanes consecutive rows of the batch.
+// The users of one group: up to kLanes of the batch, one after another in it or in `order`.
 struct Group {
   int64_t first;
   int users;
+  const int64_t* order = nullptr;
+
+  MIMNET_FAST_INLINE int64_t user(int w) const {
+    return order == nullptr ? first + w : order[first + w];
+  }
 };
 
-// lanes[e] from view[first + w, (j, (k,)) e]; a batch dimension of size 1 is shared by all users.
+// lanes[e] from view[user, (j, (k,)) e]; a batch dimension of size 1 is shared by all users.
 template <class T>
 void load_rows(Vec<T>* lanes, const View& view, Group group, int64_t j = 0, int64_t k = 0) {
   const int last = view.dims - 1;
@@ -323,13 +328,13 @@ void load_rows(Vec<T>* lanes, const View& view, Group group, int64_t j = 0, int6
     using S = decltype(storage);
     const S* rows[kLanes<T>];
     for (int w = 0; w < group.users; ++w) {
-      rows[w] = reinterpret_cast<const S*>(at(view, shared ? 0 : group.first + w, j, k));
+      rows[w] = reinterpret_cast<const S*>(at(view, shared ? 0 : group.user(w), j, k));
     }
     load_lanes_from<T, S>(lanes, rows, group.users, view.size[last], view.stride[last]);
   });
 }
 
-// All of view[first + w, ...] for two inner dimensions: lanes[j * size + e].
+// All of view[user, ...] for two inner dimensions: lanes[j * size + e].
 template <class T>
 void load_matrix(Vec<T>* lanes, const View& view, Group group) {
   const int64_t rows = view.size[1], columns = view.size[2];
@@ -350,7 +355,7 @@ void store_rows(const Vec<T>* lanes, const View& view, Group group, int64_t j = 
     using S = decltype(storage);
     S* rows[kLanes<T>];
     for (int w = 0; w < group.users; ++w) {
-      rows[w] = reinterpret_cast<S*>(at(view, group.first + w, j, k));
+      rows[w] = reinterpret_cast<S*>(at(view, group.user(w), j, k));
     }
     store_lanes_to<T, S>(lanes, rows, group.users, view.size[last], view.stride[last]);
   });
@@ -375,7 +380,7 @@ void load_flags(Vec<T>* lanes, const View& view, Group group) {
   for (int64_t i = 0; i < view.size[1]; ++i) {
     Vec<T> v{};
     for (int w = 0; w < group.users; ++w) {
-      v[w] = T(*reinterpret_cast<const uint8_t*>(at(view, group.first + w, i)) != 0);
+      v[w] = T(*reinterpret_cast<const uint8_t*>(at(view, group.user(w), i)) != 0);
     }
     lanes[i] = v;
   }
@@ -388,7 +393,7 @@ MIMNET_FAST_INLINE Vec<T> load_column(const View& view, Group group, int64_t j =
   with_storage(view.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int w = 0; w < group.users; ++w) {
-      v[w] = widen<T>(*reinterpret_cast<const S*>(at(view, group.first + w, j)));
+      v[w] = widen<T>(*reinterpret_cast<const S*>(at(view, group.user(w), j)));
     }
   });
   return v;
@@ -399,7 +404,7 @@ MIMNET_FAST_INLINE void store_column(Vec<T> v, const View& view, Group group, in
   with_storage(view.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int w = 0; w < group.users; ++w) {
-      *reinterpret_cast<S*>(at(view, group.first + w, j)) = narrow<S>(T(v[w]));
+      *reinterpret_cast<S*>(at(view, group.user(w), j)) = narrow<S>(T(v[w]));
     }
   });
 }
@@ -415,7 +420,7 @@ void save_rows(T* buffer, int64_t width, const Vec<T>* lanes, int64_t count, Gro
     for (int i = 0; i < n; ++i) block[i] = e + i < count ? lanes[e + i] : Vec<T>{};
     transpose<T>(block);
     for (int w = 0; w < group.users; ++w) {
-      const int64_t row = (group.first + w) * per_user + index;
+      const int64_t row = group.user(w) * per_user + index;
       *reinterpret_cast<Vec<T>*>(buffer + row * width + e) = block[w];
     }
   }

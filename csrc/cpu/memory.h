@@ -31,6 +31,9 @@ class Scratch {
     next_ = static_cast<Vec<T>*>(pool().memory);
   }
 
+  // A part of a scratch, to be cut anew for every group.
+  explicit Scratch(Vec<T>* part) : next_(part) {}
+
   Vec<T>* take(int64_t vectors) {
     Vec<T>* result = next_;
     next_ += vectors;
@@ -181,8 +184,9 @@ struct Blocks {
   int64_t groups;
   int64_t per_block;
   int64_t count;
+  const int64_t* order;  // of the users; null: as they are
 
-  Blocks(int64_t b, int64_t threads) : batch(b) {
+  Blocks(int64_t b, int64_t threads, const int64_t* o = nullptr) : batch(b), order(o) {
     groups = (b + kLanes<T> - 1) / kLanes<T>;
     per_block = (groups + threads - 1) / threads;
     if (per_block > 4) per_block = 4;
@@ -199,7 +203,7 @@ struct Blocks {
   Group group(int64_t block, int64_t g) const {
     const int64_t first = (block * per_block + g) * kLanes<T>;
     const int64_t left = batch - first;
-    return {first, left < kLanes<T> ? int(left) : kLanes<T>};
+    return {first, left < kLanes<T> ? int(left) : kLanes<T>, order};
   }
 };
 

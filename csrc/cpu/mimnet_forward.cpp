@@ -9,6 +9,12 @@
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 namespace {
 
+// Whether histories stand one after another: one dimension less than those of a batch.
+// A table without rows has no memory, but dimensions.
+bool is_jagged(const MIMNetArgs& args) {
+  return args.history.dims == (args.table.dims > 0 ? 1 : 2);
+}
+
 template <class T>
 struct Plan {
   int64_t batch, k, d;
@@ -16,18 +22,21 @@ struct Plan {
   RoutingPlan<T> routing;
   BridgePlan<T> bridge;
   FusionPlan<T> fusion;
+  Histories histories;
   Blocks<T> blocks;
 
   explicit Plan(const MIMNetArgs& args)
       : batch(args.source.size[0]),
-        k(args.logits.size[1]),
+        k(args.logits.size[args.logits.dims - 2]),
         d(args.source.size[1]),
         routing_weight(args.routing_weight),
         bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.execution.parallel),
         fusion(args.fusion, k, d),
-        blocks(batch, args.execution.parallel.threads) {
+        histories(is_jagged(args) ? Histories(args.mask, args.history.size[0], kLanes<T>)
+                                  : Histories()),
+        blocks(batch, args.execution.parallel.threads, histories.order()) {
     routing = {};
-    routing.length = args.history.size[1];
+    routing.length = histories ? histories.positions() : args.history.size[1];
     routing.capsules = k;
     routing.d_in = d;
     routing.d = d;
@@ -50,8 +59,9 @@ struct Plan {
 // Ids address memory, so they are checked where they are used; everything else was checked before.
 void check_ids(const View& ids, const View& table) {
   if (!table) return;
+  const int64_t columns = ids.dims == 1 ? 1 : ids.size[1];
   for (int64_t i = 0; i < ids.size[0]; ++i) {
-    for (int64_t j = 0; j < ids.size[1]; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
       const char* id = at(ids, i, j);
       const int64_t row = ids.dtype == DType::int64 ? *reinterpret_cast<const int64_t*>(id)
                                                     : *reinterpret_cast<const int32_t*>(id);
@@ -64,21 +74,36 @@ void check_ids(const View& ids, const View& table) {
 
 // The histories of one group, gathered from the table where they are ids.
 template <class T>
-void load_history(Vec<T>* lanes, const MIMNetArgs& args, int64_t d, Group group) {
+void load_history(Vec<T>* lanes, const Plan<T>& p, const MIMNetArgs& args, Group group) {
+  const Histories& histories = p.histories;
+  if (histories && args.table.dims == 0) {
+    return load_histories<T>(lanes, args.history, histories, group);
+  }
   if (!args.table) return load_matrix<T>(lanes, args.history, group);
   with_storage(args.table.dtype, [&](auto storage) {
     using S = decltype(storage);
-    for (int64_t l = 0; l < args.history.size[1]; ++l) {
+    // Position l of the first `users`.
+    const auto gather = [&](int64_t l, int users) {
       const S* rows[kLanes<T>];
-      for (int w = 0; w < group.users; ++w) {
-        const char* id = at(args.history, group.first + w, l);
+      for (int w = 0; w < users; ++w) {
+        const int64_t user = group.user(w);
+        const char* id =
+            histories ? at(args.history, histories.first(user) + l) : at(args.history, user, l);
         const int64_t row = args.history.dtype == DType::int64
                                 ? *reinterpret_cast<const int64_t*>(id)
                                 : *reinterpret_cast<const int32_t*>(id);
         rows[w] = reinterpret_cast<const S*>(at(args.table, row));
       }
-      load_lanes_from<T, S>(lanes + l * d, rows, group.users, d, args.table.stride[1]);
+      load_lanes_from<T, S>(lanes + l * p.d, rows, users, p.d, args.table.stride[1]);
+    };
+    if (!histories) {
+      for (int64_t l = 0; l < args.history.size[1]; ++l) gather(l, group.users);
+      return;
     }
+    for (int64_t d = 0; d < p.d; ++d) lanes[d] = Vec<T>{};
+    histories.runs(group, [&](int64_t first, int64_t count, int users) {
+      for (int64_t l = first; l < first + count; ++l) gather(l, users);
+    });
   });
 }
 
@@ -94,15 +119,18 @@ void forward(const MIMNetArgs& args) {
     Vec<T>* source = scratch.take(most * d);
     Vec<T>* item = scratch.take(most * d);
     Vec<T>* prototype = scratch.take(most * d);
-    RoutingState<T> routing(p.routing, scratch);
+    const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
     FusionState<T> fusion(p.fusion, most, scratch);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t groups = p.blocks.size(block);
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = p.blocks.group(block, g);
-        load_history<T>(routing.inputs, args, d, group);
-        load_routing_options<T>(p.routing, routing, args.logits, args.mask, View{}, group);
-        route<T>(p.routing, routing);
+        const RoutingPlan<T> plan = plan_of_group(p.routing, p.histories, group);
+        Scratch<T> of_group = routing_memory;
+        RoutingState<T> routing(plan, of_group);
+        load_history<T>(routing.inputs, p, args, group);
+        load_routing_options<T>(plan, routing, args.logits, args.mask, View{}, group, p.histories);
+        route<T>(plan, routing);
         store_matrix<T>(routing.pooled, args.pooled, group);
         for (int64_t i = 0; i < k * d; ++i) interests[g * k * d + i] = routing.capsules[i];
         for (int64_t i = 0; i < k; ++i) {
@@ -127,13 +155,16 @@ void forward(const MIMNetArgs& args) {
 
 // The gradient of the histories, for which the couplings are found again.
 template <class T>
-void history_backward(const Plan<T>& p, const MIMNetArgs& args, RoutingState<T>& s,
+void history_backward(const Plan<T>& p, const MIMNetArgs& args, Scratch<T> scratch,
                       const Vec<T>* capsule_grad, Group group) {
-  load_history<T>(s.inputs, args, p.d, group);
-  load_routing_options<T>(p.routing, s, args.logits, args.mask, View{}, group);
-  route<T>(p.routing, s);
-  apply_routing_weight_transposed<T>(p.routing, s.pooled, capsule_grad);
-  routing_input_gradient<T>(p.routing, s.inputs, s.coupling, s.pooled);
+  const RoutingPlan<T> plan = plan_of_group(p.routing, p.histories, group);
+  RoutingState<T> s(plan, scratch);
+  load_history<T>(s.inputs, p, args, group);
+  load_routing_options<T>(plan, s, args.logits, args.mask, View{}, group, p.histories);
+  route<T>(plan, s);
+  apply_routing_weight_transposed<T>(plan, s.pooled, capsule_grad);
+  routing_input_gradient<T>(plan, s.inputs, s.coupling, s.pooled);
+  if (p.histories) return store_histories<T>(s.inputs, args.grad_history, p.histories, group);
   store_matrix<T>(s.inputs, args.grad_history, group);
 }
 
@@ -162,7 +193,7 @@ void backward(const MIMNetArgs& args) {
     Vec<T>* prototype_grad = scratch.take(most * d);
     Vec<T>* user_grad = scratch.take(most * d);
     Vec<T>* pooled = scratch.take(k * d);
-    RoutingState<T> routing(p.routing, scratch);
+    const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
     FusionState<T> fusion(p.fusion, most, scratch);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t groups = p.blocks.size(block);
@@ -210,7 +241,7 @@ void backward(const MIMNetArgs& args) {
         }
         if (args.grad_prototype) store_rows<T>(prototype_grad + g * d, args.grad_prototype, group);
         if (args.grad_source) store_rows<T>(source_grad + g * d, args.grad_source, group);
-        if (args.grad_history) history_backward(p, args, routing, capsule_grad, group);
+        if (args.grad_history) history_backward(p, args, routing_memory, capsule_grad, group);
       }
     }
   });

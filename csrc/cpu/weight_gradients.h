@@ -23,6 +23,9 @@ struct Rows {
     buffer = Buffer<T>(rows * width);
   }
   T* get() const { return buffer.get(); }
+  View view(int64_t rows, int64_t columns) const {
+    return {get(), LaneTypes<T>::dtype, 2, {rows, columns}, {width, 1}};
+  }
 };
 
 // The matrix of the last two dimensions at an index of those before.

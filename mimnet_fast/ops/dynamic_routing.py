@@ -9,12 +9,14 @@ from torch import Tensor
 
 from mimnet_fast import backends, reference
 from mimnet_fast._options import GRADIENTS, PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES, code
-from mimnet_fast.ops import _autograd, _checks
+from mimnet_fast.ops import _autograd, _checks, _jagged
 from mimnet_fast.ops.squash import check_squash
 
 _INPUTS = "[B, L, D_in], or the votes [B, K, L, D] when weight is None"
+LOGITS = "[B, K, L] or [1, K, L]"
+JAGGED_LOGITS = f"[K, T], {LOGITS}"
 _WEIGHT = "None, [D_in, D], [K, D_in, D] or [L, K, D_in, D]"
-_SERVE_SOME_OPTIONS = {
+SERVE_SOME_OPTIONS = {
     "cpu": {"triton": "Triton"},
     "cuda": {"native": "CUDA", "triton": "Triton"},
 }
@@ -44,6 +46,7 @@ def dynamic_routing(
     num_capsules: int | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     capsule_mask: Tensor | None = None,
     iterations: int = 3,
     softmax_over: str = "capsules",
@@ -73,21 +76,29 @@ def dynamic_routing(
 
     Args:
         inputs: ``[B, L, D_in]``; with ``weight=None`` the votes, ``[B, L, D]`` (the same for all K)
-            or ``[B, K, L, D]``.
+            or ``[B, K, L, D]``. Histories of different lengths need no padding: give the values of
+            all ``[T, D_in]`` with ``offsets``, or a nested tensor of layout ``torch.jagged``, whose
+            memory is used as it is. ``values()`` and ``offsets()`` of TorchRec's ``JaggedTensor``
+            and ``KeyedJaggedTensor`` are such a pair.
         weight: None, ``[D_in, D]`` shared, ``[K, D_in, D]`` per capsule, or ``[L, K, D_in, D]`` per
-            position and capsule.
-        logits: First logits, ``[B, K, L]`` or ``[1, K, L]``; None is zeros. Nothing is drawn here:
-            with a shared weight and zero logits all capsules come out equal.
+            position and capsule; a position is the index within the history.
+        logits: First logits, ``[B, K, L]`` or ``[1, K, L]``; None is zeros. With jagged inputs
+            ``[K, T]``, one for every value, or again by position, with L at least the longest
+            history. Nothing is drawn here: with a shared weight and zero logits all capsules come
+            out equal.
         num_capsules: K, needed when neither ``weight`` nor ``logits`` tells it.
         mask: Boolean ``[B, L]``, True at real items, any pattern. Or
-        lengths: integer ``[B]``, the first ``lengths[b]`` items are real.
+        lengths: integer ``[B]``, the first ``lengths[b]`` items are real. Or
+        offsets: integer ``[B+1]`` for jagged inputs: the history of user b is
+            ``inputs[offsets[b]:offsets[b + 1]]``. From 0 to T, never decreasing.
         capsule_mask: Boolean ``[B, K]``; an absent capsule takes part in nothing and comes out 0.
         iterations: Weighted sums, so there are ``iterations - 1`` updates.
         softmax_over: ``"capsules"`` (an input divides itself among them) or ``"inputs"``.
         padding: What a padded position gets. ``"zero_after"``: coupling 0 after the softmax, its
             logits still count in a softmax over the inputs. ``"fill_before"``: logit -1e9 before
             the softmax, which over the capsules is the coupling 1/K and not 0 (released MIMNet).
-            ``"ignore"``: as if the position were not there.
+            ``"ignore"``: as if the position were not there, which is what all three are for jagged
+            inputs.
         gradient: ``"last"``: the couplings are constants and only the last sum propagates;
             ``"full"``: through all iterations.
         update: ``"accumulate"``: ``b + agreement``; ``"replace"``: ``agreement``; ``"coupling"``:
@@ -114,12 +125,21 @@ def dynamic_routing(
         >>> dynamic_routing(x, w, b, lengths=torch.tensor([5, 0])).norm(dim=-1).round(decimals=3)
         tensor([[0.9170, 0.9170, 0.9170],
                 [0.0000, 0.0000, 0.0000]])
+        >>> offsets = torch.tensor([0, 5, 5, 6])  # of 5, 0 and 1 items
+        >>> dynamic_routing(torch.ones(6, 4), w, torch.zeros(3, 6), offsets=offsets).shape
+        torch.Size([3, 3, 4])
     """
-    inputs = _checks.leading("inputs", inputs, (3, 4), _INPUTS)
+    inputs, offsets = _jagged.unpack("inputs", inputs, offsets)
+    jagged = offsets is not None
+    if jagged:
+        inputs = _checks.leading("inputs", inputs, (2,), "[T, D_in] with offsets")
+    else:
+        inputs = _checks.leading("inputs", inputs, (3, 4), _INPUTS)
     if weight is not None:
         _checks.is_tensor("weight", weight, (2, 3, 4), _WEIGHT)
     if logits is not None:
-        _checks.is_tensor("logits", logits, (3,), "[B, K, L] or [1, K, L]")
+        dims, meaning = ((2, 3), JAGGED_LOGITS) if jagged else ((3,), LOGITS)
+        _checks.is_tensor("logits", logits, dims, meaning)
     if num_capsules is not None:
         _checks.whole("num_capsules", num_capsules, 1, "K")
     if inputs.dim() == 4 and weight is not None:
@@ -127,26 +147,39 @@ def dynamic_routing(
             f"inputs: got votes of shape {list(inputs.shape)} together with a weight; "
             "pass weight=None or inputs [B, L, D_in]"
         )
-    batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
+    rows, d_in = inputs.shape[-2:]
     k = _capsules(
         {
             "weight": weight.shape[-3] if weight is not None and weight.dim() > 2 else None,
             "inputs": inputs.shape[1] if inputs.dim() == 4 else None,
-            "logits": None if logits is None else logits.shape[1],
+            "logits": None if logits is None else logits.shape[-2],
             "num_capsules": num_capsules,
         }
     )
-    _checks.not_empty("inputs", L=length, D_in=d_in)
+    length = rows
+    if jagged:
+        given = _given_positions(weight, logits)
+        length = rows if given is None else given
+        offsets = _checks.offsets(offsets, mask, lengths, rows, given, inputs)
+        batch = offsets.shape[0] - 1
+        _checks.not_empty("inputs", D_in=d_in)
+    else:
+        batch = inputs.shape[0]
+        _checks.not_empty("inputs", L=rows, D_in=d_in)
     inputs, weight, logits = _checks.autocast((inputs, weight, logits), inputs.device.type)
     if weight is not None:
         tail = (d_in, weight.shape[-1])
         shape = (*((), (k,), (length, k))[weight.dim() - 2], *tail)
         _checks.same("weight", weight, shape, _WEIGHT, inputs)
         _checks.not_empty("weight", D=weight.shape[-1])
-    if logits is not None:
-        rows = 1 if logits.shape[0] == 1 else batch
-        _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", inputs)
-    real = _checks.history_mask(mask, lengths, batch, length, inputs)
+    if logits is not None and logits.dim() == 2:
+        _checks.same("logits", logits, (k, rows), "[K, T]", inputs)
+    elif logits is not None:
+        first = 1 if logits.shape[0] == 1 else batch
+        _checks.same("logits", logits, (first, k, length), LOGITS, inputs)
+    real = offsets
+    if not jagged:
+        real = _checks.history_mask(mask, lengths, batch, rows, inputs)
     if capsule_mask is not None:
         _checks.capsule_mask(capsule_mask, batch, k, inputs)
     _checks.whole("iterations", iterations, 1, "the number of weighted sums")
@@ -155,14 +188,17 @@ def dynamic_routing(
     )
     axis_code = code("softmax_over", softmax_over, SOFTMAX_AXES)
     padding_code = code("padding", padding, PADDINGS)
+    if jagged:
+        padding, padding_code = "ignore", PADDINGS.index("ignore")
     full = code("gradient", gradient, GRADIENTS) == GRADIENTS.index("full")
     update_code = code("update", update, UPDATES)
     squash_code, power = check_squash(squash, eps, power, "squash")
 
     unsupported: dict[str, list[str]] = {}
     device = "cpu" if inputs.device.type == "cpu" else "cuda"
-    for name, kind in _SERVE_SOME_OPTIONS[device].items():
+    for name, kind in SERVE_SOME_OPTIONS[device].items():
         asked = {
+            "jagged histories": jagged,
             "a weight per position and capsule": weight is not None and weight.dim() == 4,
             'gradient="full"': full,
             f"update={update!r}": update != "accumulate",
@@ -173,13 +209,25 @@ def dynamic_routing(
             for option, is_on in asked.items()
             if is_on
         ]
+    if jagged and device == "cpu" and weight is not None:
+        per_capsule = weight.dim() == 3 and normalize_agreement and full
+        asked = {
+            "a weight per position and capsule": weight.dim() == 4,
+            "the full gradient of normalised votes per capsule": per_capsule,
+        }
+        unsupported["native"] = [
+            f"no CPU kernel for {option} with jagged histories in this version"
+            for option, is_on in asked.items()
+            if is_on
+        ]
     chosen = backends.select("dynamic_routing", backend, inputs, unsupported)
     if chosen == "reference":
-        return reference.dynamic_routing(
+        return _reference(
             inputs,
             weight,
-            inputs.new_zeros(1, k, length) if logits is None else logits,
-            mask=_checks.lengths_to_mask(real, length),
+            logits,
+            real,
+            k,
             capsule_mask=capsule_mask,
             iterations=iterations,
             softmax_over=softmax_over,
@@ -217,6 +265,39 @@ def dynamic_routing(
     return capsules
 
 
+def _given_positions(weight: Tensor | None, logits: Tensor | None) -> int | None:
+    """L of what is given by position next to jagged inputs."""
+    if weight is not None and weight.dim() == 4:
+        return weight.shape[0]
+    return logits.shape[2] if logits is not None and logits.dim() == 3 else None
+
+
+def _reference(
+    inputs: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    real: Tensor | None,
+    k: int,
+    **options: Any,
+) -> Tensor:
+    """The reference on what the op takes: jagged inputs are padded."""
+    if inputs.dim() == 2:
+        assert real is not None
+        given = _given_positions(weight, logits)
+        length = _jagged.longest(real) if given is None else given
+        if logits is not None:
+            logits = _jagged.pad_logits(logits, real, length)
+        inputs, real = _jagged.pad(inputs, real, length)
+    length = inputs.shape[-2]
+    return reference.dynamic_routing(
+        inputs,
+        weight,
+        inputs.new_zeros(1, k, length) if logits is None else logits,
+        mask=_checks.lengths_to_mask(real, length),
+        **options,
+    )
+
+
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of what a kernel saves for backward: its accumulator's."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -231,13 +312,20 @@ def _fake(
     num_capsules: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
+    length, d_in = inputs.shape[-2:]
     d = d_in if weight is None else weight.shape[-1]
     per_position = weight is not None and weight.dim() == 4
     saved = saved_dtype(inputs.dtype)
+    if inputs.dim() == 2:  # the mask stands for the offsets
+        assert mask is not None
+        batch = mask.shape[0] - 1
+        coupling = inputs.new_empty(num_capsules, length, dtype=saved)
+    else:
+        batch = inputs.shape[0]
+        coupling = inputs.new_empty(batch, num_capsules, length, dtype=saved)
     return (
         inputs.new_empty(batch, num_capsules, d),
-        inputs.new_empty(batch, num_capsules, length, dtype=saved),
+        coupling,
         inputs.new_empty(batch, num_capsules, d if per_position else d_in, dtype=saved),
     )
 
@@ -278,11 +366,12 @@ def _backward(
     if grad is not None and torch.is_grad_enabled():
 
         def again(x: Tensor, weight: Tensor | None, logits: Tensor | None) -> Tensor:
-            return reference.dynamic_routing(
+            return _reference(
                 x,
                 weight,
-                x.new_zeros(1, *coupling.shape[1:]) if logits is None else logits,
-                mask=_checks.lengths_to_mask(mask, x.shape[-2]),
+                logits,
+                mask,
+                coupling.shape[-2],
                 capsule_mask=capsule_mask,
                 iterations=iterations,
                 softmax_over=SOFTMAX_AXES[axis],
@@ -301,7 +390,8 @@ def _backward(
         grads = _autograd.reference_vjp(again, [x, weight, logits], needs, [grad])
     elif grad is not None:
         # The last sum alone is differentiated from what it left behind.
-        first = (logits, mask, capsule_mask) if full else (None, None, None)
+        offsets = mask if x.dim() == 2 else None
+        first = (logits, mask, capsule_mask) if full else (None, offsets, None)
         found = kernel(
             grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(needs)
         )

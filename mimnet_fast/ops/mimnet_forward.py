@@ -10,8 +10,13 @@ from torch import Tensor
 
 from mimnet_fast import backends, reference
 from mimnet_fast._options import PADDINGS, code
-from mimnet_fast.ops import _autograd, _checks
-from mimnet_fast.ops.dynamic_routing import saved_dtype
+from mimnet_fast.ops import _autograd, _checks, _jagged
+from mimnet_fast.ops.dynamic_routing import (
+    JAGGED_LOGITS,
+    LOGITS,
+    SERVE_SOME_OPTIONS,
+    saved_dtype,
+)
 from mimnet_fast.ops.interest_bridge import check_bridge
 from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusion
 from mimnet_fast.reference import MIMNetParameters
@@ -49,6 +54,7 @@ def mimnet_forward(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
     table: Tensor | None = None,
     iterations: int = 3,
     padding: str = "zero_after",
@@ -67,13 +73,17 @@ def mimnet_forward(
 
     Args:
         history: Embedded histories ``[B, L, D]``, or integer item ids ``[B, L]`` with ``table``.
+            Without padding ``[T, D]`` or ids ``[T]`` with ``offsets``, or a nested tensor of layout
+            ``torch.jagged``, as in :func:`dynamic_routing`.
         source: The users' source-domain vectors ``[B, D]``.
         item: Candidate items ``[B, D]``.
         prototype: The candidates' prototypes ``[B, D]``.
         parameters: The trainable tensors, :class:`MIMNetParameters`.
-        logits: First routing logits ``[B, K, L]`` or ``[1, K, L]``.
+        logits: First routing logits ``[B, K, L]`` or ``[1, K, L]``; with a jagged history
+            ``[K, T]``, one for every item, or by position, with L at least the longest history.
         mask: Boolean ``[B, L]``, True at real items; or
-        lengths: integer ``[B]``.
+        lengths: integer ``[B]``; or
+        offsets: integer ``[B+1]`` where the jagged histories start, and T.
         table: Source item table ``[N, D]``, gathered inside the op when ``history`` holds ids.
         iterations: Routing passes, at least 1.
         padding: As in :func:`dynamic_routing`.
@@ -99,7 +109,10 @@ def mimnet_forward(
         torch.Size([2])
     """
     source = _checks.leading("source", source, (2,), "[B, D]")
-    logits = _checks.is_tensor("logits", logits, (3,), "[B, K, L] or [1, K, L]")
+    history, offsets = _jagged.unpack("history", history, offsets)
+    jagged = offsets is not None
+    dims, meaning = ((2, 3), JAGGED_LOGITS) if jagged else ((3,), LOGITS)
+    logits = _checks.is_tensor("logits", logits, dims, meaning)
     if not isinstance(parameters, MIMNetParameters):
         raise TypeError(f"parameters: got {type(parameters).__name__}, need MIMNetParameters")
     check_count("parameters.fine", parameters.fine)
@@ -108,36 +121,54 @@ def mimnet_forward(
     source, item, prototype, table, logits, *flat = _checks.autocast(floats, source.device.type)
     p = _nested(flat)
     batch, d = source.shape
-    history = _check_history(history, table, batch, source)
-    length, k = history.shape[1], logits.shape[1]
+    rows = None if jagged else batch
+    history = _check_history(history, table, rows, source)
+    k, length = logits.shape[-2:]
+    if not jagged:
+        length = history.shape[1]
     _checks.same("item", item, (batch, d), "[B, D]", source)
     _checks.same("prototype", prototype, (batch, d), "[B, D]", source)
-    rows = 1 if logits.shape[0] == 1 else batch
-    _checks.same("logits", logits, (rows, k, length), "[B, K, L] or [1, K, L]", source)
+    if logits.dim() == 2:
+        _checks.same("logits", logits, (k, history.shape[0]), "[K, T]", source)
+        _checks.not_empty("logits", K=k)
+    else:
+        first = 1 if logits.shape[0] == 1 else batch
+        _checks.same("logits", logits, (first, k, length), LOGITS, source)
+        _checks.not_empty("logits", K=k, L=length)
     _checks.not_empty("source", D=d)
-    _checks.not_empty("logits", K=k, L=length)
     _checks.same("routing_weight", p.routing_weight, (d, d), "[D, D]", source)
     if check_bridge(d, d, p.w1, p.b1, p.w2, p.b2, source) != d:
         raise ValueError(f"b2: got {p.b2.shape[0]} values, need D*D = {d * d}")
     check_fusion(p.fine, p.coarse, p.fusion_weight, p.fusion_bias, d, source)
-    real = _checks.history_mask(mask, lengths, batch, length, source)
+    real: Tensor | None
+    if offsets is not None:
+        most = length if logits.dim() == 3 else None
+        real = _checks.offsets(offsets, mask, lengths, history.shape[0], most, source)
+        if real.shape[0] != batch + 1:
+            raise ValueError(f"offsets: got {real.shape[0]} values, need B + 1 = {batch + 1}")
+    else:
+        real = _checks.history_mask(mask, lengths, batch, length, source)
     _checks.whole("iterations", iterations, 1, "the number of weighted sums")
     padding_code = code("padding", padding, PADDINGS)
     unsupported = []
     if table is not None and table.requires_grad:
         unsupported.append("the table is frozen inside the op; pass embedded histories to train it")
-    chosen = backends.select(
-        "mimnet_forward", backend, source, dict.fromkeys(backends.KERNELS, unsupported)
-    )
+    reasons = {name: list(unsupported) for name in backends.KERNELS}
+    if jagged:
+        padding_code = PADDINGS.index("ignore")
+        device = "cpu" if source.device.type == "cpu" else "cuda"
+        for name, kind in SERVE_SOME_OPTIONS[device].items():
+            reasons[name].append(f"no {kind} kernel for jagged histories in this version")
+    chosen = backends.select("mimnet_forward", backend, source, reasons)
     if chosen == "reference":
-        return reference.mimnet_forward(
+        return _reference(
             history,
             source,
             item,
             prototype,
             p,
             logits,
-            mask=_checks.lengths_to_mask(real, length),
+            real,
             table=table,
             iterations=iterations,
             padding=padding,
@@ -157,19 +188,60 @@ def mimnet_forward(
     return ratings
 
 
-def _check_history(history: Any, table: Tensor | None, batch: int, like: Tensor) -> Tensor:
+def _reference(
+    history: Tensor,
+    source: Tensor,
+    item: Tensor,
+    prototype: Tensor,
+    parameters: MIMNetParameters,
+    logits: Tensor,
+    real: Tensor | None,
+    *,
+    table: Tensor | None,
+    iterations: int,
+    padding: str,
+) -> Tensor:
+    """The reference on what the op takes: a jagged history is padded."""
+    if history.dim() == (2 if table is None else 1):
+        assert real is not None
+        length = logits.shape[2] if logits.dim() == 3 else _jagged.longest(real)
+        logits = _jagged.pad_logits(logits, real, length)
+        history, real = _jagged.pad(history, real, length)
+    return reference.mimnet_forward(
+        history,
+        source,
+        item,
+        prototype,
+        parameters,
+        logits,
+        mask=_checks.lengths_to_mask(real, history.shape[1]),
+        table=table,
+        iterations=iterations,
+        padding=padding,
+    )
+
+
+def _check_history(history: Any, table: Tensor | None, batch: int | None, like: Tensor) -> Tensor:
+    """The history, jagged where ``batch`` is None."""
     d = like.shape[-1]
+    shape = "[B, L" if batch is not None else "[T"
+    dims = 2 if batch is not None else 1
     if table is None:
-        embedded = _checks.leading("history", history, (3,), "[B, L, D] (or ids with table=...)")
+        meaning = f"{shape}, D]"
+        embedded = _checks.leading(
+            "history", history, (dims + 1,), f"{meaning} (or ids with table=...)"
+        )
         (embedded,) = _checks.autocast((embedded,), like.device.type)
-        _checks.same("history", embedded, (batch, embedded.shape[1], d), "[B, L, D]", like)
+        inner = (*embedded.shape[1:-1], d)
+        first = embedded.shape[0] if batch is None else batch
+        _checks.same("history", embedded, (first, *inner), meaning, like)
         return embedded
-    ids = _checks.is_tensor("history", history, (2,), "ids [B, L] with a table")
+    ids = _checks.is_tensor("history", history, (dims,), f"ids {shape}] with a table")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"history: got dtype {ids.dtype}, need int64 or int32 ids with a table")
     rows = _checks.is_tensor("table", table, (2,), "[N, D]").shape[0]
     _checks.same("table", table, (rows, d), "[N, D]", like)
-    if ids.shape[0] != batch:
+    if batch is not None and ids.shape[0] != batch:
         raise ValueError(f"history: got {ids.shape[0]} rows, need B = {batch}")
     if ids.device != like.device:
         raise ValueError(
@@ -183,7 +255,7 @@ def _fake(
     history: Tensor, table: Tensor | None, source: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, d = source.shape
-    k = others[2 + _PARAMETERS].shape[1]
+    k = others[2 + _PARAMETERS].shape[-2]
     saved = saved_dtype(source.dtype)
     return (
         source.new_empty(batch),
@@ -225,14 +297,14 @@ def _backward(
         def again(
             history: Tensor, source: Tensor, item: Tensor, prototype: Tensor, *flat: Tensor
         ) -> Tensor:
-            return reference.mimnet_forward(
+            return _reference(
                 history,
                 source,
                 item,
                 prototype,
                 _nested(flat),
                 logits,
-                mask=_checks.lengths_to_mask(mask, history.shape[1]),
+                mask,
                 table=table,
                 iterations=ctx.iterations,
                 padding=PADDINGS[ctx.padding],
