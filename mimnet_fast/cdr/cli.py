@@ -26,7 +26,7 @@ from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
 from mimnet_fast.cdr import results
-from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.config import Base, Config
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.errors import UserError
@@ -113,6 +113,9 @@ def train(
     history_order: Annotated[
         HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
     ] = Config.history_order,
+    base: Annotated[
+        Base, typer.Option(help="Base models: as published, or on top of biases.")
+    ] = Config.base,
     epochs: Annotated[int, typer.Option(help="Epochs of stage 2.")] = Config.epochs,
     batch_size: Annotated[int, typer.Option(help="Batch of stage 2.")] = Config.batch_size,
     base_epochs: Annotated[int, typer.Option(help="Epochs of stage 1.")] = Config.base_epochs,
@@ -138,6 +141,7 @@ def train(
         beta=beta,
         seed=seed,
         history_order=history_order,
+        base=base,
         learning_rate=learning_rate,
         features=features,
         base_epochs=base_epochs,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.protocol import HistoryOrder
+
+Base = Literal["mf", "biased-mf"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Config:
     beta: float = 0.2
     seed: int = 2020
     history_order: HistoryOrder = "file"
+    base: Base = "mf"
+    """``"mf"`` as published, or ``"biased-mf"``: biases in closed form (`biases`), models for the
+    rest, with small initial embeddings and weight decay."""
     learning_rate: float = 0.01
     features: int = 10
     """D, width of all embeddings."""
@@ -40,5 +46,7 @@ class Config:
             value = getattr(self, field.name)
             if field.name != "seed" and isinstance(value, (int, float)) and not value > 0:
                 raise UserError(f"{field.name}: got {value}, need a number above 0")
+        if self.base not in get_args(Base):
+            raise UserError(f"base: got {self.base!r}, need one of {', '.join(get_args(Base))}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: got {self.seed}, need an integer from 0 to 2^63 - 1")

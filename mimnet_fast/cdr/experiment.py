@@ -24,6 +24,7 @@ import torch
 from rich.progress import Progress
 
 from mimnet_fast.cdr import checkpoints, results
+from mimnet_fast.cdr.biases import residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.evaluation import errors, evaluate
@@ -39,10 +40,14 @@ from mimnet_fast.cdr.training import Epoch, Schedule, fit, seeded_generator, see
 
 PhaseName = Literal["selection", "final"]
 
+BIASED_SCALE, BIASED_DECAY = 0.1, 1e-3
+"""Initial size of embeddings and weight decay with the base `biased-mf`, in both stages."""
+
 _BASE_SETTINGS = (
     "beta",
     "seed",
     "history_order",
+    "base",
     "features",
     "learning_rate",
     "base_epochs",
@@ -69,7 +74,7 @@ def run(
         UserError: settings that do not fit the data or what ``folder`` holds, or a diverging loss.
     """
     stage1 = BaseModels(dataset, config, folder, progress)
-    data = stage1.split
+    data = stage1.raw
     found: dict[str, Any] = {
         name: {
             "title": title,
@@ -107,7 +112,10 @@ class BaseModels:
 
     def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
         self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
-        self.split = split(dataset, config.beta, config.seed, history_order=config.history_order)
+        self.raw = split(dataset, config.beta, config.seed, history_order=config.history_order)
+        biased = config.base == "biased-mf"
+        self.split = residuals(self.raw) if biased else self.raw
+        self.scale, self.weight_decay = (BIASED_SCALE, BIASED_DECAY) if biased else (1.0, 0.0)
         self.identity = {"dataset": dataset.fingerprint} | {
             name: getattr(config, name) for name in _BASE_SETTINGS
         }
@@ -151,13 +159,20 @@ class BaseModels:
         if name not in self._trained:
             config, stream = self.config, name.rpartition("/")[2]
             model = seeded_module(
-                partial(MatrixFactorization, users, items, config.features), config.seed, stream
+                partial(MatrixFactorization, users, items, config.features, scale=self.scale),
+                config.seed,
+                stream,
             )
             curve = fit(
                 model,
                 model,
                 train,
-                Schedule(config.base_epochs, config.base_batch_size, config.learning_rate),
+                Schedule(
+                    config.base_epochs,
+                    config.base_batch_size,
+                    config.learning_rate,
+                    self.weight_decay,
+                ),
                 generator=seeded_generator(config.seed, f"{stream} batches"),
                 evaluate=partial(evaluate, model, measured),
                 checkpoint=self.folder / f"{name}.safetensors",
@@ -196,7 +211,7 @@ def _train_phase(
         model,
         partial(model, inputs, generator=generator),
         data.train_meta,
-        Schedule(config.epochs, config.batch_size, config.learning_rate),
+        Schedule(config.epochs, config.batch_size, config.learning_rate, stage1.weight_decay),
         generator=generator,
         evaluate=partial(evaluate, partial(model, inputs), data.evaluation),
         checkpoint=folder / phase / f"{name}.safetensors",

@@ -45,6 +45,7 @@ class Schedule:
     epochs: int
     batch_size: int
     learning_rate: float
+    weight_decay: float = 0.0
 
 
 def seeded_generator(seed: int, stream: str) -> torch.Generator:
@@ -60,9 +61,9 @@ def seeded_module(build: Callable[[], _Module], seed: int, stream: str) -> _Modu
         return build()
 
 
-def adam(module: Module, learning_rate: float) -> Adam:
-    """The optimizer of every model here: constant rate, no weight decay, one kernel per step."""
-    return Adam(module.parameters(), lr=learning_rate, fused=True)
+def adam(module: Module, learning_rate: float, weight_decay: float = 0.0) -> Adam:
+    """The optimizer of every model here: constant rate, decay in the gradient, one kernel."""
+    return Adam(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def training_step(
@@ -111,7 +112,7 @@ def fit(
         UserError: a loss that is not finite, or a checkpoint that is not of this fit.
     """
     identity = {**identity, **asdict(schedule)}
-    optimizer = adam(module, schedule.learning_rate)
+    optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
     curve: list[Epoch] = []
     if checkpoint.exists():
         curve = _restore(checkpoint, identity, module, optimizer, generator)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mimnet_fast.cdr import biases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
@@ -76,4 +77,6 @@ TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
     "global_mean": ("global mean", trivial.global_mean),
     "item_mean": ("item mean", trivial.item_mean),
     "user_mean": ("source user mean", trivial.user_mean),
+    "item_bias": ("mean + item bias", biases.item_expectation),
+    "item_user_bias": ("mean + item bias + source user bias", biases.cold_expectation),
 }

@@ -1,0 +1,77 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from mimnet_fast.cdr.biases import cold_slope, fit_biases, residuals
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.dataset import Dataset, Ratings
+from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.evaluation import errors
+from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.models import TRIVIAL
+from mimnet_fast.cdr.protocol import split
+
+
+def test_bias_without_a_rating_is_that_of_a_fit_without_it(dataset: Dataset) -> None:
+    train = dataset.target
+    fitted = fit_biases(train, dataset.num_target_users, dataset.num_target_items)
+    found = fitted.without_itself(train)
+    for row in (0, 7, len(train) - 1):
+        others = (train.items == train.items[row]) & (torch.arange(len(train)) != row)
+        left = (train.values[others] - fitted.mean).sum() / (others.sum() + 2)
+        torch.testing.assert_close(found[row], fitted.mean + left)
+
+
+def test_item_without_a_rating_has_no_bias() -> None:
+    train = Ratings(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([1.0, 4.0]))
+    fitted = fit_biases(train, 3, 3)
+    assert fitted.items[2] == 0
+    assert fitted.users[2] == 0
+
+
+def test_slope_is_that_of_the_planted_user_biases() -> None:
+    draw = torch.Generator().manual_seed(4)
+    user = torch.randn(500, generator=draw)
+    users, items = torch.arange(500).repeat(40), torch.arange(40).repeat_interleave(500)
+    source = fit_biases(Ratings(users, items, 3 + user[users]), 500, 40)
+    train = Ratings(users, items, 4 + 0.6 * source.users[users])
+    target = fit_biases(train, 500, 40)
+    assert cold_slope(source, target, train) == pytest.approx(0.6, abs=0.01)
+
+
+def test_residuals_never_see_the_ratings_of_cold_users(dataset: Dataset) -> None:
+    data = split(dataset, 0.25, 7)
+    other = data.final.evaluation.values.flip(0)
+    changed = replace(
+        data, final=replace(data.final, evaluation=replace(data.final.evaluation, values=other))
+    )
+    first, second = residuals(data), residuals(changed)
+    assert first.final.train_meta.values.equal(second.final.train_meta.values)
+    torch.testing.assert_close(
+        data.final.evaluation.values - first.final.evaluation.values,
+        other - second.final.evaluation.values,
+    )
+
+
+def test_errors_of_residuals_are_those_of_ratings(dataset: Dataset) -> None:
+    data = split(dataset, 0.25, 7)
+    left = residuals(data).final.evaluation.values
+    expected = errors(TRIVIAL["item_user_bias"][1](data), data.final.evaluation.values)
+    assert errors(torch.zeros_like(left), left) == pytest.approx(expected, abs=1e-6)
+
+
+def test_mimnet_on_biases_beats_the_published_base(dataset: Dataset, tmp_path: Path) -> None:
+    mae = {}
+    for base in ("mf", "biased-mf"):
+        config = Config(beta=0.25, base=base, base_epochs=2, epochs=2, prototypes=5)
+        found = run(dataset, config, ["mimnet"], tmp_path / base, Progress(disable=True))
+        mae[base] = found["models"]["mimnet"]["honest"]["mae"]
+    assert mae["biased-mf"] < mae["mf"]
+
+
+def test_unknown_base_is_refused() -> None:
+    with pytest.raises(UserError, match="base: got 'svd', need one of mf, biased-mf"):
+        Config(base="svd")  # type: ignore[arg-type]
