@@ -49,5 +49,5 @@ def load() -> None:
 
     torch.ops.load_library(build("cuda_on_host"))
     backends._SERVE_FLOAT64.remove(("native", "cpu"))
-    options = importlib.import_module("mimnet_fast.ops.dynamic_routing")._SERVE_SOME_OPTIONS
+    options = importlib.import_module("mimnet_fast.ops.dynamic_routing").SERVE_SOME_OPTIONS
     options["cpu"] = options["cuda"]
