@@ -161,14 +161,15 @@ def mimnet_forward(
             reasons[name].append(f"no {kind} kernel for jagged histories in this version")
     chosen = backends.select("mimnet_forward", backend, source, reasons)
     if chosen == "reference":
-        return _reference(
+        history, logits, mask = _padded(history, logits, real, table)
+        return reference.mimnet_forward(
             history,
             source,
             item,
             prototype,
             p,
             logits,
-            real,
+            mask=mask,
             table=table,
             iterations=iterations,
             padding=padding,
@@ -188,37 +189,16 @@ def mimnet_forward(
     return ratings
 
 
-def _reference(
-    history: Tensor,
-    source: Tensor,
-    item: Tensor,
-    prototype: Tensor,
-    parameters: MIMNetParameters,
-    logits: Tensor,
-    real: Tensor | None,
-    *,
-    table: Tensor | None,
-    iterations: int,
-    padding: str,
-) -> Tensor:
-    """The reference on what the op takes: a jagged history is padded."""
+def _padded(
+    history: Tensor, logits: Tensor, real: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """History, logits and mask as the reference takes them: a jagged history is padded."""
     if history.dim() == (2 if table is None else 1):
         assert real is not None
         length = logits.shape[2] if logits.dim() == 3 else _jagged.longest(real)
         logits = _jagged.pad_logits(logits, real, length)
         history, real = _jagged.pad(history, real, length)
-    return reference.mimnet_forward(
-        history,
-        source,
-        item,
-        prototype,
-        parameters,
-        logits,
-        mask=_checks.lengths_to_mask(real, history.shape[1]),
-        table=table,
-        iterations=iterations,
-        padding=padding,
-    )
+    return history, logits, _checks.lengths_to_mask(real, history.shape[1])
 
 
 def _check_history(history: Any, table: Tensor | None, batch: int | None, like: Tensor) -> Tensor:
@@ -297,14 +277,15 @@ def _backward(
         def again(
             history: Tensor, source: Tensor, item: Tensor, prototype: Tensor, *flat: Tensor
         ) -> Tensor:
-            return _reference(
-                history,
+            padded, first, real = _padded(history, logits, mask, table)
+            return reference.mimnet_forward(
+                padded,
                 source,
                 item,
                 prototype,
                 _nested(flat),
-                logits,
-                mask,
+                first,
+                mask=real,
                 table=table,
                 iterations=ctx.iterations,
                 padding=PADDINGS[ctx.padding],
