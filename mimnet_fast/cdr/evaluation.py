@@ -33,8 +33,16 @@ def errors(predicted: Tensor, actual: Tensor) -> Errors:
     return Errors(difference.abs().mean().item(), difference.square().mean().sqrt().item())
 
 
+class Evaluation(NamedTuple):
+    """A model's errors and what it predicted."""
+
+    errors: Errors
+    predicted: Tensor
+
+
 @torch.no_grad()
-def evaluate(predict: Predict, ratings: Ratings) -> Errors:
-    """Errors of a model on ``ratings``, predicted in large batches."""
+def evaluate(predict: Predict, ratings: Ratings) -> Evaluation:
+    """Predictions of ``ratings``, made in large batches, and their errors."""
     batches = zip(ratings.users.split(_BATCH), ratings.items.split(_BATCH), strict=True)
-    return errors(torch.cat([predict(*batch) for batch in batches]), ratings.values)
+    predicted = torch.cat([predict(*batch) for batch in batches])
+    return Evaluation(errors(predicted, ratings.values), predicted)

@@ -8,6 +8,7 @@ The folder of a run holds what it learned::
     MODEL.safetensors                      weights of the `final` one at the honestly chosen epoch
     results.json, results.md
 
+A file of a phase also keeps what was predicted for the phase's cold-start users after each epoch.
 Finished epochs found there are not trained again, so a run goes on where it was killed, and models
 added later stand on the same base models.
 """
@@ -56,7 +57,13 @@ _BASE_SETTINGS = (
 
 
 def run(
-    dataset: Dataset, config: Config, models: Iterable[str], folder: Path, progress: Progress
+    dataset: Dataset,
+    config: Config,
+    models: Iterable[str],
+    folder: Path,
+    progress: Progress,
+    *,
+    base_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Train and measure ``models`` beside all trivial predictors.
 
@@ -66,6 +73,7 @@ def run(
         models: Names in `MODELS`.
         folder: The run's folder, new or to be gone on with.
         progress: Where bars are drawn.
+        base_folder: Where the base models are kept, if not in ``folder`` too.
 
     Returns:
         What `results.json` says, models of earlier calls on ``folder`` included.
@@ -73,7 +81,7 @@ def run(
     Raises:
         UserError: settings that do not fit the data or what ``folder`` holds, or a diverging loss.
     """
-    stage1 = BaseModels(dataset, config, folder, progress)
+    stage1 = BaseModels(dataset, config, base_folder or folder, progress)
     data = stage1.raw
     found: dict[str, Any] = {
         name: {
@@ -89,7 +97,7 @@ def run(
         if spec.build is None:
             curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
         else:
-            curves = _train(name, stage1)
+            curves = _train(name, stage1, folder)
         found[name] = {
             "title": spec.title,
             "source": spec.source,
@@ -125,13 +133,20 @@ class BaseModels:
         """Source model and its curve, which is measured on its own training ratings."""
         train = self.split.train_source
         users, items = self.dataset.num_source_users, self.dataset.num_source_items
-        return self._model("source", users, items, train, train)
+        return self._model("source", users, items, train, train, keep_predictions=False)
 
     def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
         """Target model of a phase and its curve on the phase's cold-start users."""
         data: Phase = getattr(self.split, phase)
         users, items = self.dataset.num_target_users, self.dataset.num_target_items
-        return self._model(f"{phase}/target", users, items, data.train_target, data.evaluation)
+        return self._model(
+            f"{phase}/target",
+            users,
+            items,
+            data.train_target,
+            data.evaluation,
+            keep_predictions=True,
+        )
 
     def frozen(self, phase: PhaseName, *, prototypes: bool) -> FrozenInputs:
         """What a transfer model is given in a phase."""
@@ -154,7 +169,14 @@ class BaseModels:
         )
 
     def _model(
-        self, name: str, users: int, items: int, train: Ratings, measured: Ratings
+        self,
+        name: str,
+        users: int,
+        items: int,
+        train: Ratings,
+        measured: Ratings,
+        *,
+        keep_predictions: bool,
     ) -> tuple[MatrixFactorization, list[Epoch]]:
         if name not in self._trained:
             config, stream = self.config, name.rpartition("/")[2]
@@ -178,22 +200,24 @@ class BaseModels:
                 checkpoint=self.folder / f"{name}.safetensors",
                 identity={"name": name, **self.identity},
                 progress=self.progress,
+                keep_predictions=keep_predictions,
             )
             self._trained[name] = model, curve
         return self._trained[name]
 
 
-def _train(name: str, stage1: BaseModels) -> dict[str, list[Epoch]]:
+def _train(name: str, stage1: BaseModels, folder: Path) -> dict[str, list[Epoch]]:
     """Both phases of a transfer model; keeps the weights of the honestly chosen epoch."""
-    selection = _train_phase(name, stage1, "selection")
+    selection = _train_phase(name, stage1, folder, "selection")
     chosen = results.best_epoch(selection, "mae")
-    return {"selection": selection, "final": _train_phase(name, stage1, "final", keep=chosen)}
+    final = _train_phase(name, stage1, folder, "final", keep=chosen)
+    return {"selection": selection, "final": final}
 
 
 def _train_phase(
-    name: str, stage1: BaseModels, phase: PhaseName, *, keep: int | None = None
+    name: str, stage1: BaseModels, folder: Path, phase: PhaseName, *, keep: int | None = None
 ) -> list[Epoch]:
-    config, spec, folder = stage1.config, MODELS[name], stage1.folder
+    config, spec = stage1.config, MODELS[name]
     assert spec.build is not None
     data: Phase = getattr(stage1.split, phase)
     model = seeded_module(partial(spec.build, config), config.seed, name)

@@ -1,7 +1,8 @@
 """Training of one model: batches are slices of tensors shuffled once per epoch.
 
 A fit that was killed goes on after its last finished epoch and gives the same bits as one that was
-not: the checkpoint holds parameters, optimizer state and the state of the random generator.
+not: the checkpoint holds parameters, optimizer state and the state of the random generator. It also
+keeps what was predicted after each epoch, from which any error of any epoch can be found later.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch.optim import Adam, Optimizer
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.dataset import Ratings
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.evaluation import Errors, Predict
+from mimnet_fast.cdr.evaluation import Evaluation, Predict
 
 _STEPS_PER_REFRESH = 20
+_PREDICTIONS = "predictions"
 _Module = TypeVar("_Module", bound=Module)
 
 
@@ -84,10 +86,11 @@ def fit(
     schedule: Schedule,
     *,
     generator: torch.Generator,
-    evaluate: Callable[[], Errors],
+    evaluate: Callable[[], Evaluation],
     checkpoint: Path,
     identity: dict[str, Any],
     progress: Progress,
+    keep_predictions: bool = True,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Train ``module`` to predict ``ratings``, or go on from ``checkpoint`` where that exists.
@@ -102,6 +105,7 @@ def fit(
         checkpoint: Written after each epoch.
         identity: What the result depends on; a checkpoint of another identity is refused.
         progress: Where the bar is drawn.
+        keep_predictions: Whether the checkpoint holds the predictions of ``evaluate``.
         after_epoch: Called with the number of a new epoch, from 1, before its checkpoint is
             written.
 
@@ -114,8 +118,9 @@ def fit(
     identity = {**identity, **asdict(schedule)}
     optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
     curve: list[Epoch] = []
+    predictions: list[Tensor] = []
     if checkpoint.exists():
-        curve = _restore(checkpoint, identity, module, optimizer, generator)
+        curve, predictions = _restore(checkpoint, identity, module, optimizer, generator)
     batches = -(-len(ratings) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
@@ -134,11 +139,26 @@ def fit(
                 f"{identity['name']}: the loss became {losses[step].item()} in batch {step + 1} of "
                 f"epoch {epoch}: lower --learning-rate (now {schedule.learning_rate})"
             )
-        curve.append(Epoch(losses.mean().item(), *evaluate()))
+        measured = evaluate()
+        curve.append(Epoch(losses.mean().item(), *measured.errors))
+        if keep_predictions:
+            predictions.append(measured.predicted)
         after_epoch(epoch)
-        _store(checkpoint, identity, module, optimizer, generator, curve)
+        _store(checkpoint, identity, module, optimizer, generator, curve, predictions)
     progress.update(task, completed=total)
     return curve
+
+
+def stored_predictions(checkpoint: Path) -> Tensor:
+    """What a fit predicted after each of its epochs, ``[epochs, ratings]``.
+
+    Raises:
+        UserError: the checkpoint is damaged or holds none.
+    """
+    tensors, _ = checkpoints.load(checkpoint)
+    if _PREDICTIONS not in tensors:
+        raise UserError(f"{checkpoint} holds no predictions: delete it to train anew")
+    return tensors[_PREDICTIONS]
 
 
 def _store(
@@ -148,11 +168,14 @@ def _store(
     optimizer: Optimizer,
     generator: torch.Generator,
     curve: list[Epoch],
+    predictions: list[Tensor],
 ) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["generator"] = generator.get_state()
+    if predictions:
+        tensors[_PREDICTIONS] = torch.stack(predictions)
     checkpoints.save(
         path, tensors, {"identity": identity, "curve": [asdict(epoch) for epoch in curve]}
     )
@@ -164,7 +187,7 @@ def _restore(
     module: Module,
     optimizer: Optimizer,
     generator: torch.Generator,
-) -> list[Epoch]:
+) -> tuple[list[Epoch], list[Tensor]]:
     tensors, record = checkpoints.load(path)
     stored = record["identity"]
     if changed := [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]:
@@ -184,4 +207,5 @@ def _restore(
     module.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(tensors["generator"])
-    return [Epoch(**epoch) for epoch in record["curve"]]
+    predictions = list(tensors[_PREDICTIONS]) if _PREDICTIONS in tensors else []
+    return [Epoch(**epoch) for epoch in record["curve"]], predictions

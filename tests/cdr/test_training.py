@@ -11,10 +11,16 @@ from mimnet_fast.cdr import checkpoints, experiment
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.evaluation import Errors
+from mimnet_fast.cdr.evaluation import Errors, Evaluation
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.models import MODELS, TRIVIAL, MatrixFactorization
-from mimnet_fast.cdr.training import Schedule, fit, seeded_generator, seeded_module
+from mimnet_fast.cdr.training import (
+    Schedule,
+    fit,
+    seeded_generator,
+    seeded_module,
+    stored_predictions,
+)
 
 QUIET = Progress(disable=True)
 
@@ -127,7 +133,10 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
     inputs = stage1.frozen("final", prototypes=True)
     found = experiment.evaluate(partial(model, inputs), stage1.split.final.evaluation)
-    assert found.mae == honest["mae"]
+    assert found.errors.mae == honest["mae"]
+    stored = stored_predictions(folder / "final" / "mimnet.safetensors")
+    assert stored.shape == (config.epochs, len(stage1.split.final.evaluation))
+    assert stored[honest["mae_epoch"] - 1].equal(found.predicted)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +167,7 @@ def small_fit(folder: Path, *, learning_rate: float = 0.01) -> None:
         ratings,
         Schedule(2, 8, learning_rate),
         generator=seeded_generator(1, "x"),
-        evaluate=lambda: Errors(0, 0),
+        evaluate=lambda: Evaluation(Errors(0, 0), torch.zeros(3)),
         checkpoint=folder / "x.safetensors",
         identity={"name": "x"},
         progress=QUIET,
