@@ -26,7 +26,7 @@ from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
 from mimnet_fast.cdr import results
-from mimnet_fast.cdr.config import Base, Config
+from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.errors import UserError
@@ -37,7 +37,7 @@ from mimnet_fast.cdr.readers import OnError
 from mimnet_fast.cdr.synthetic import Synthetic
 
 Backend = Literal["auto", "native", "triton", "reference"]
-ModelName = Literal["mimnet", "ptupcdr", "tgt", "all"]
+ModelName = Literal["mimnet", "ptupcdr", "emcdr", "tgt", "all"]
 
 _messages = Console(stderr=True)
 
@@ -125,6 +125,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = Config.learning_rate,
     features: Annotated[int, typer.Option(help="Width of embeddings.")] = Config.features,
     hidden: Annotated[int, typer.Option(help="Width of meta networks.")] = Config.hidden,
+    mapping: Annotated[
+        Mapping, typer.Option(help="Of users in EMCDR: one matrix, or an MLP.")
+    ] = Config.mapping,
     interests: Annotated[int, typer.Option(help="Interests per user.")] = Config.interests,
     iterations: Annotated[int, typer.Option(help="Routing passes.")] = Config.iterations,
     prototypes: Annotated[int, typer.Option(help="Clusters of target items.")] = Config.prototypes,
@@ -149,6 +152,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         hidden=hidden,
+        mapping=mapping,
         interests=interests,
         iterations=iterations,
         prototypes=prototypes,

@@ -9,6 +9,7 @@ from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.protocol import HistoryOrder
 
 Base = Literal["mf", "biased-mf"]
+Mapping = Literal["linear", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Config:
     batch_size: int = 128
     hidden: int = 50
     """Hidden units of the meta networks."""
+    mapping: Mapping = "linear"
+    """From source to target users in EMCDR: one matrix, or the MLP of its paper."""
     interests: int = 7
     iterations: int = 3
     prototypes: int = 100
@@ -46,7 +49,8 @@ class Config:
             value = getattr(self, field.name)
             if field.name != "seed" and isinstance(value, (int, float)) and not value > 0:
                 raise UserError(f"{field.name}: got {value}, need a number above 0")
-        if self.base not in get_args(Base):
-            raise UserError(f"base: got {self.base!r}, need one of {', '.join(get_args(Base))}")
+        for name, choices in (("base", get_args(Base)), ("mapping", get_args(Mapping))):
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name}: got {value!r}, need one of {', '.join(choices)}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed: got {self.seed}, need an integer from 0 to 2^63 - 1")

@@ -45,6 +45,10 @@ class Ratings:
     def __len__(self) -> int:
         return len(self.values)
 
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Users, items and values."""
+        return self.users, self.items, self.values
+
     def where(self, keep: Tensor) -> Ratings:
         """The rows at which the bool tensor ``keep`` is true."""
         timestamps = None if self.timestamps is None else self.timestamps[keep]

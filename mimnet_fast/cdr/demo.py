@@ -25,7 +25,13 @@ from mimnet_fast.cdr.evaluation import Errors, errors
 from mimnet_fast.cdr.experiment import BaseModels, run
 from mimnet_fast.cdr.models import MODELS
 from mimnet_fast.cdr.synthetic import Synthetic
-from mimnet_fast.cdr.training import adam, seeded_generator, seeded_module, training_step
+from mimnet_fast.cdr.training import (
+    adam,
+    seeded_generator,
+    seeded_module,
+    squared_error,
+    training_step,
+)
 
 BASE_EPOCHS = 30
 """More than the published 10: the base models of so small a dataset see few batches per epoch."""
@@ -119,14 +125,15 @@ def _stepper(stage1: BaseModels, backend: str, *, compiled: bool = False) -> Cal
     )
     generator = seeded_generator(config.seed, "compared batches")
     forward = torch.compile(model) if compiled else model
-    predict = partial(forward, stage1.frozen("final", prototypes=True), generator=generator)
+    inputs = stage1.frozen("final", prototypes=True)
+    loss = squared_error(partial(forward, inputs, generator=generator))
     optimizer = adam(model, config.learning_rate)
     data = stage1.split.final.train_meta
     whole = len(data) - len(data) % config.batch_size
-    columns = (data.users, data.items, data.values)
-    slices = zip(*(column[:whole].split(config.batch_size) for column in columns), strict=True)
+    columns = (column[:whole].split(config.batch_size) for column in data.columns())
+    slices = zip(*columns, strict=True)
     batches = itertools.cycle(slices)
-    return lambda: training_step(optimizer, predict, *next(batches))
+    return lambda: training_step(optimizer, loss, *next(batches))
 
 
 def _fastest_backend() -> str:

@@ -37,7 +37,14 @@ from mimnet_fast.cdr.models import (
     item_prototypes,
 )
 from mimnet_fast.cdr.protocol import Phase, split
-from mimnet_fast.cdr.training import Epoch, Schedule, fit, seeded_generator, seeded_module
+from mimnet_fast.cdr.training import (
+    Epoch,
+    Schedule,
+    fit,
+    seeded_generator,
+    seeded_module,
+    squared_error,
+)
 
 PhaseName = Literal["selection", "final"]
 
@@ -158,6 +165,7 @@ class BaseModels:
             lengths=self.split.lengths,
             source_users=source.users.weight.detach(),
             source_items=torch.cat([source_items, torch.zeros_like(source_items[:1])]),
+            target_users=target.users.weight.detach(),
             target_items=target_items,
         )
         if not prototypes:
@@ -187,8 +195,8 @@ class BaseModels:
             )
             curve = fit(
                 model,
-                model,
-                train,
+                squared_error(model),
+                train.columns(),
                 Schedule(
                     config.base_epochs,
                     config.base_batch_size,
@@ -233,8 +241,8 @@ def _train_phase(
 
     return fit(
         model,
-        partial(model, inputs, generator=generator),
-        data.train_meta,
+        lambda *batch: model.loss(inputs, batch, generator),
+        model.examples(inputs, data),
         Schedule(config.epochs, config.batch_size, config.learning_rate, stage1.weight_decay),
         generator=generator,
         evaluate=partial(evaluate, partial(model, inputs), data.evaluation),

@@ -21,13 +21,15 @@ from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
 from mimnet_fast.cdr import checkpoints
-from mimnet_fast.cdr.dataset import Ratings
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import Evaluation, Predict
 
 _STEPS_PER_REFRESH = 20
 _PREDICTIONS = "predictions"
 _Module = TypeVar("_Module", bound=Module)
+
+Loss = Callable[..., Tensor]
+"""Mean loss of a batch: called with the batch's part of each column of the training data."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,24 @@ def adam(module: Module, learning_rate: float, weight_decay: float = 0.0) -> Ada
     return Adam(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
-def training_step(
-    optimizer: Optimizer, predict: Predict, users: Tensor, items: Tensor, values: Tensor
-) -> Tensor:
-    """One update on the mean squared error of a batch; the loss before it."""
+def squared_error(predict: Predict) -> Loss:
+    """The mean squared error of ``predict``: called with users, items and their ratings."""
+    return lambda users, items, values: mse_loss(predict(users, items), values)
+
+
+def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
+    """One update on the loss of a batch; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
-    loss = mse_loss(predict(users, items), values)
-    loss.backward()
+    value = loss(*batch)
+    value.backward()
     optimizer.step()
-    return loss.detach()
+    return value.detach()
 
 
 def fit(
     module: Module,
-    predict: Predict,
-    ratings: Ratings,
+    loss: Loss,
+    examples: tuple[Tensor, ...],
     schedule: Schedule,
     *,
     generator: torch.Generator,
@@ -93,14 +98,14 @@ def fit(
     keep_predictions: bool = True,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train ``module`` to predict ``ratings``, or go on from ``checkpoint`` where that exists.
+    """Train ``module`` on ``examples``, or go on from ``checkpoint`` where that exists.
 
     Args:
         module: Its parameters are trained in place.
-        predict: The module's predictions in training, drawing from ``generator``.
-        ratings: The training data.
+        loss: The module's loss on a batch, drawing from ``generator``.
+        examples: Columns of the training data, one row each.
         schedule: Epochs, batch size, learning rate.
-        generator: Source of the shuffling and of whatever ``predict`` draws.
+        generator: Source of the shuffling and of whatever ``loss`` draws.
         evaluate: Measures the module after each epoch.
         checkpoint: Written after each epoch.
         identity: What the result depends on; a checkpoint of another identity is refused.
@@ -121,16 +126,16 @@ def fit(
     predictions: list[Tensor] = []
     if checkpoint.exists():
         curve, predictions = _restore(checkpoint, identity, module, optimizer, generator)
-    batches = -(-len(ratings) // schedule.batch_size)
+    batches = -(-len(examples[0]) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
     for epoch in range(len(curve) + 1, schedule.epochs + 1):
         losses = torch.empty(batches)
-        order = torch.randperm(len(ratings), generator=generator)
-        columns = (ratings.users[order], ratings.items[order], ratings.values[order])
-        slices = zip(*(column.split(schedule.batch_size) for column in columns), strict=True)
+        order = torch.randperm(len(examples[0]), generator=generator)
+        columns = (column[order].split(schedule.batch_size) for column in examples)
+        slices = zip(*columns, strict=True)
         for step, batch in enumerate(slices):
-            losses[step] = training_step(optimizer, predict, *batch)
+            losses[step] = training_step(optimizer, loss, *batch)
             if step % _STEPS_PER_REFRESH == 0:
                 progress.update(task, completed=(epoch - 1) * batches + step)
         if not losses.isfinite().all():

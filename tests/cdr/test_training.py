@@ -19,6 +19,7 @@ from mimnet_fast.cdr.training import (
     fit,
     seeded_generator,
     seeded_module,
+    squared_error,
     stored_predictions,
 )
 
@@ -163,8 +164,8 @@ def small_fit(folder: Path, *, learning_rate: float = 0.01) -> None:
     ratings = Ratings(torch.arange(40) % 4, torch.arange(40) % 5, torch.arange(40) % 3 + 1.0)
     fit(
         model,
-        model,
-        ratings,
+        squared_error(model),
+        ratings.columns(),
         Schedule(2, 8, learning_rate),
         generator=seeded_generator(1, "x"),
         evaluate=lambda: Evaluation(Errors(0, 0), torch.zeros(3)),

@@ -10,6 +10,7 @@ from torch import Tensor
 from mimnet_fast.cdr import biases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
+from mimnet_fast.cdr.models.emcdr import EMCDR
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 from mimnet_fast.cdr.models.mimnet import MIMNet
 from mimnet_fast.cdr.models.prototypes import item_prototypes
@@ -18,6 +19,7 @@ from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
 from mimnet_fast.cdr.protocol import HISTORY_LENGTH, Split
 
 __all__ = [
+    "EMCDR",
     "MODELS",
     "PTUPCDR",
     "TRIVIAL",
@@ -57,6 +59,10 @@ def _mimnet(config: Config) -> TransferModel:
     )
 
 
+def _emcdr(config: Config) -> TransferModel:
+    return EMCDR(config.features, config.mapping)
+
+
 def _ptupcdr(config: Config) -> TransferModel:
     return PTUPCDR(config.features, config.hidden, backend=config.backend)
 
@@ -69,6 +75,9 @@ MODELS: dict[str, ModelSpec] = {
         (*_SETTINGS, "interests", "iterations", "prototypes"),
     ),
     "ptupcdr": ModelSpec("PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _SETTINGS),
+    "emcdr": ModelSpec(
+        "EMCDR", "Man et al., IJCAI 2017", _emcdr, ("epochs", "batch_size", "mapping")
+    ),
     "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
 }
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import mse_loss
+
+from mimnet_fast.cdr.protocol import Phase
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class FrozenInputs:
     """``[O, D]``"""
     source_items: Tensor
     """``[source items + 1, D]``, zeros in the row of the padding."""
+    target_users: Tensor
+    """``[target users, D]``; the rows of the phase's cold-start users were never trained."""
     target_items: Tensor
     """``[target items, D]``"""
     item_prototypes: Tensor | None = None
@@ -47,3 +52,14 @@ class TransferModel(Module):
         ``generator`` is given in training only: whatever is random is drawn from it.
         """
         raise NotImplementedError
+
+    def examples(self, inputs: FrozenInputs, phase: Phase) -> tuple[Tensor, ...]:
+        """What the model learns from, as columns: users, items and ratings of ``train_meta``."""
+        return phase.train_meta.columns()
+
+    def loss(
+        self, inputs: FrozenInputs, batch: tuple[Tensor, ...], generator: torch.Generator
+    ) -> Tensor:
+        """Loss of some rows of the examples: the mean squared error of the ratings."""
+        users, items, values = batch
+        return mse_loss(self(inputs, users, items, generator=generator), values)
