@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,6 +28,7 @@ from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
 from mimnet_fast.cdr import results
+from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.dataset import prepare as prepare_dataset
@@ -33,7 +36,7 @@ from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.models import MODELS
 from mimnet_fast.cdr.protocol import HistoryOrder
-from mimnet_fast.cdr.readers import OnError
+from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.synthetic import Synthetic
 
 Backend = Literal["auto", "native", "triton", "reference"]
@@ -76,31 +79,56 @@ def prepare(
     source: Annotated[Path, typer.Option(help="Ratings of the domain whose users are known.")],
     target: Annotated[Path, typer.Option(help="Ratings of the domain to predict.")],
     out: Annotated[Path, typer.Option(help="New folder for the dataset.")],
+    format: Annotated[Format, typer.Option(help="Of both files; auto looks at them.")] = "auto",
     on_error: Annotated[
         OnError, typer.Option(help="What to do at a malformed row: stop, or leave out and list.")
     ] = "raise",
+    duplicates: Annotated[
+        Duplicates, typer.Option(help="What counts of several ratings of one item by one user.")
+    ] = "last",
+    min_user_ratings: Annotated[
+        int, typer.Option(help="Drop users with fewer ratings in a domain.")
+    ] = 1,
+    min_item_ratings: Annotated[int, typer.Option(help="Drop items with fewer ratings.")] = 1,
+    k_core: Annotated[
+        int, typer.Option(help="Both minima at once: the k-core of each domain.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Turn two rating files into a dataset.
 
-    A file is .csv or .tsv (plain or .gz) or .parquet with the columns user_id, item_id, rating and,
-    optionally, timestamp. User ids are shared by both files, item ids are not.
+    A file is a table with the columns user_id, item_id, rating and, optionally, timestamp (.csv,
+    .tsv or .parquet), Amazon reviews (JSON lines) or ratings (.csv without a header), or a RecBole
+    atomic file (.inter); text also as .gz. User ids are shared by both files, item ids are not.
     """
-    summary = prepare_dataset(source, target, out, on_error=on_error)
+    with _progress(DownloadColumn()) as progress:
+        summary = prepare_dataset(
+            source,
+            target,
+            out,
+            format=format,
+            on_error=on_error,
+            duplicates=duplicates,
+            min_user_ratings=max(min_user_ratings, k_core),
+            min_item_ratings=max(min_item_ratings, k_core),
+            progress=progress,
+        )
     if as_json:
         print(json.dumps(summary, indent=2))
         return
     for domain in ("source", "target"):
         found = summary[domain]
         print(
-            f"{domain} {found['file']}: {found['ratings']:,} ratings, {found['users']:,} users, "
-            f"{found['items']:,} items, mean {found['mean_rating']:.3f}; "
-            f"{found['duplicate_rows']:,} replaced by a later rating, "
-            f"{found['skipped_rows']:,} malformed rows left out"
+            f"{domain} {found['file']} ({found['kind']}): {found['ratings']:,} ratings, "
+            f"{found['users']:,} users, {found['items']:,} items, mean {found['mean_rating']:.3f}"
         )
+        removed = ", ".join(f"{count:,} {why}" for why, count in found["removed"].items() if count)
+        print(f"  of {found['rows']:,} rows; removed: {removed or 'none'}")
+        if found["unused_columns"]:
+            print(f"  columns not used: {', '.join(found['unused_columns'])}")
     print(f"{summary['overlap_users']:,} users of both domains; dataset in {out}")
     if (out / "skipped.csv").exists():
-        print(f"rows left out are listed in {out / 'skipped.csv'}")
+        print(f"malformed rows are listed in {out / 'skipped.csv'}")
 
 
 @app.command()
@@ -195,11 +223,11 @@ def info(as_json: AsJson = False) -> None:
     raise typer.Exit(installation.main(["--json"] if as_json else []))
 
 
-def _progress() -> Progress:
+def _progress(*amount: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *(amount or [MofNCompleteColumn()]),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=_messages,

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 import mimnet_fast
 from mimnet_fast.cdr.atomic import atomic_folder
+from mimnet_fast.cdr.cleaning import Cleaned, Duplicates, clean
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.readers import OnError, RatingTable, read_ratings
+from mimnet_fast.cdr.readers import Format, OnError, RatingTable, read_ratings
 
 FORMAT = "mimnet_fast.dataset"
 FORMAT_VERSION = 1
@@ -114,31 +117,52 @@ class Dataset:
 
 
 def prepare(
-    source: Path, target: Path, out: Path, *, on_error: OnError = "raise"
+    source: Path,
+    target: Path,
+    out: Path,
+    *,
+    format: Format = "auto",
+    on_error: OnError = "raise",
+    duplicates: Duplicates = "last",
+    min_user_ratings: int = 1,
+    min_item_ratings: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Turn two rating files into a dataset folder, which appears complete or not at all.
 
-    With ``on_error="skip"`` the malformed rows are counted in `dataset.json` and listed in
-    `skipped.csv`.
+    `dataset.json` counts what each step removed. With ``on_error="skip"`` the malformed rows are
+    listed in `skipped.csv`.
 
     Args:
-        source: Ratings of the domain whose users are known (see `read_ratings`).
+        source: Ratings of the domain whose users are known.
         target: Ratings of the domain to predict; user ids are shared with ``source``, item ids not.
         out: A new folder.
+        format: Of both files (see `read_ratings`).
         on_error: ``"raise"`` or ``"skip"`` malformed rows.
+        duplicates: See `clean`, like the minima, which hold within each domain.
+        min_user_ratings: Fewest ratings of a user.
+        min_item_ratings: Fewest ratings of an item.
+        progress: Gets a task for each file.
 
     Returns:
         What `dataset.json` says.
 
     Raises:
-        UserError: unusable files, no user in both of them, or ``out`` exists.
+        UserError: unusable files or options, no user in both of them, or ``out`` exists.
     """
+    cleaning: dict[str, Any] = {
+        "duplicates": duplicates,
+        "min_user_ratings": min_user_ratings,
+        "min_item_ratings": min_item_ratings,
+    }
     with atomic_folder(out) as folder:
-        tables = {
-            "source": read_ratings(source, on_error=on_error),
-            "target": read_ratings(target, on_error=on_error),
-        }
-        users = {domain: table.ratings["user_id"].unique() for domain, table in tables.items()}
+        skipped, info, left = {}, {}, {}
+        for domain, path in (("source", source), ("target", target)):
+            table = read_ratings(path, format=format, on_error=on_error, progress=progress)
+            cleaned = clean(table, **cleaning)
+            skipped[domain], left[domain] = table.skipped, cleaned.ratings
+            info[domain] = _summary(table, cleaned)
+        users = {domain: _names(ratings["user_id"]) for domain, ratings in left.items()}
         shared = users["source"].is_in(users["target"].implode())
         overlap = _sort_ids(users["source"].filter(shared))
         if overlap.is_empty():
@@ -146,55 +170,66 @@ def prepare(
                 f"no user_id of {source} (such as {users['source'][0]!r}) occurs in {target} "
                 f"(such as {users['target'][0]!r}): both files must name the same people alike"
             )
-        info: dict[str, Any] = {
+        for domain, ratings in left.items():
+            only_here = users[domain].filter(~users[domain].is_in(overlap.implode()))
+            user_ids = pl.concat([overlap, _sort_ids(only_here)])
+            info[domain] |= _write_domain(folder, domain, ratings, user_ids)
+        _write_skipped(folder / "skipped.csv", skipped)
+        summary = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "mimnet_fast": mimnet_fast.__version__,
-            "options": {"on_error": on_error},
+            "options": {"format": format, "on_error": on_error, **cleaning},
             "overlap_users": overlap.len(),
+            **info,
+            "tables": {path.name: _sha256(path) for path in sorted(folder.glob("*.parquet"))},
         }
-        for domain, path in (("source", source), ("target", target)):
-            only_here = users[domain].filter(~users[domain].is_in(overlap.implode()))
-            user_ids = pl.concat([overlap, _sort_ids(only_here)])
-            info[domain] = _write_domain(folder, domain, path, tables[domain], user_ids)
-        _write_skipped(folder / "skipped.csv", tables)
-        info["tables"] = {path.name: _sha256(path) for path in sorted(folder.glob("*.parquet"))}
-        (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
-    return info
+        (folder / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
-def _write_domain(
-    folder: Path, domain: str, path: Path, table: RatingTable, user_ids: pl.Series
-) -> dict[str, Any]:
-    """Write the three tables of one domain; the domain's entry in `dataset.json`."""
-    ids = {"user": user_ids, "item": _sort_ids(table.ratings["item_id"].unique())}
-    ratings = table.ratings
-    for kind, column in ids.items():
-        mapping = pl.DataFrame({f"{kind}_id": column}).with_row_index(kind)
-        mapping = mapping.cast({kind: pl.Int64})
-        ratings = ratings.join(mapping, on=f"{kind}_id", how="left", maintain_order="left")
-        mapping.select(f"{kind}_id").write_parquet(folder / f"{domain}_{kind}s.parquet")
-    ratings.drop("user_id", "item_id").write_parquet(folder / f"{domain}_ratings.parquet")
+def _summary(table: RatingTable, cleaned: Cleaned) -> dict[str, Any]:
+    ratings = cleaned.ratings
     return {
-        "file": path.name,
-        "sha256": _sha256(path),
-        "users": ids["user"].len(),
-        "items": ids["item"].len(),
+        "file": table.path.name,
+        "sha256": _sha256(table.path),
+        "kind": table.format,
+        "unused_columns": list(table.unused_columns),
+        "rows": table.ratings.height + table.skipped.height,
+        "removed": cleaned.removed,
         "ratings": ratings.height,
         "mean_rating": ratings["rating"].mean(),
         "timestamps": "timestamp" in ratings.columns,
-        "duplicate_rows": table.duplicates,
-        "skipped_rows": table.skipped.height,
     }
 
 
-def _write_skipped(path: Path, tables: dict[str, RatingTable]) -> None:
-    skipped = pl.concat(
-        table.skipped.select(pl.lit(domain).alias("domain"), pl.all())
-        for domain, table in tables.items()
+def _write_domain(
+    folder: Path, domain: str, ratings: pl.DataFrame, user_ids: pl.Series
+) -> dict[str, int]:
+    """Write the three tables of one domain; the counts of users and items."""
+    ids = {"user": user_ids, "item": _sort_ids(_names(ratings["item_id"]))}
+    columns = []
+    for kind, names in ids.items():
+        names.to_frame(f"{kind}_id").write_parquet(folder / f"{domain}_{kind}s.parquet")
+        codes = ratings[f"{kind}_id"].to_physical().to_numpy()
+        index = np.empty(codes.max() + 1, np.int64)
+        index[names.cast(pl.Categorical).to_physical().to_numpy()] = np.arange(names.len())
+        columns.append(pl.Series(kind, index[codes]))
+    values = ratings.drop("line", "user_id", "item_id")
+    pl.DataFrame([*values, *columns]).rechunk().write_parquet(folder / f"{domain}_ratings.parquet")
+    return {f"{kind}s": names.len() for kind, names in ids.items()}
+
+
+def _write_skipped(path: Path, skipped: dict[str, pl.DataFrame]) -> None:
+    rows = pl.concat(
+        rows.select(pl.lit(domain).alias("domain"), pl.all()) for domain, rows in skipped.items()
     )
-    if not skipped.is_empty():
-        skipped.write_csv(path)
+    if not rows.is_empty():
+        rows.write_csv(path)
+
+
+def _names(ids: pl.Series) -> pl.Series:
+    return ids.unique(maintain_order=True).cast(pl.String)
 
 
 def _sort_ids(ids: pl.Series) -> pl.Series:
@@ -216,4 +251,8 @@ def _load_ratings(path: Path) -> Ratings:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -26,7 +26,8 @@ def test_prepare_then_train_then_add_a_model(tmp_path: Path) -> None:
 
     result = invoke("prepare", *files, "--out", data)
     assert result.exit_code == 0, result.output
-    assert "source source.csv: 576 ratings, 72 users" in result.stdout
+    assert "source source.csv (table): 576 ratings, 72 users" in result.stdout
+    assert "of 576 rows; removed: none" in result.stdout
     assert "64 users of both domains" in result.stdout
 
     result = invoke("train", data, "--model", "ptupcdr", "--out", out, *QUICK)
@@ -91,11 +92,28 @@ def test_malformed_rows_are_told_or_listed(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
     result = invoke(*arguments, "--on-error", "skip")
     assert result.exit_code == 0
-    assert "1 malformed rows left out" in result.stdout
-    assert f"rows left out are listed in {tmp_path / 'd' / 'skipped.csv'}" in result.stdout
+    assert "of 2 rows; removed: 1 malformed\n" in result.stdout
+    assert f"malformed rows are listed in {tmp_path / 'd' / 'skipped.csv'}" in result.stdout
     assert json.loads(
         invoke(*arguments[:-1], tmp_path / "e", "--on-error", "skip", "--json").stdout
     )
+
+
+def test_prepare_takes_any_format_and_tells_what_it_removed(tmp_path: Path) -> None:
+    source, target = tmp_path / "s.inter", tmp_path / "t.csv"
+    header = "user_id:token\titem_id:token\trating:float\tnote:token\n"
+    source.write_text(header + "1\ta\t4\tx\n1\tb\t4\tx\n2\ta\t1\tx\n2\tb\t2\tx\n3\ta\t2\tx\n")
+    target.write_text("1,a,4.0,10\n1,b,4.0,11\n2,a,4.0,10\n2,b,4.0,10\n2,b,2.0,9\n")
+    arguments = ["prepare", "--source", source, "--target", target, "--out", tmp_path / "d"]
+    result = invoke(*arguments, "--k-core", "2", "--duplicates", "mean")
+    assert result.exit_code == 0, result.output
+    assert "s.inter (RecBole atomic file): 4 ratings, 2 users, 2 items" in result.stdout
+    assert "of 5 rows; removed: 1 user below minimum\n  columns not used: note" in result.stdout
+    assert "t.csv (Amazon ratings, users first): 4 ratings, 2 users" in result.stdout
+    assert "mean 3.750\n  of 5 rows; removed: 1 duplicate\n" in result.stdout
+    refused = invoke(*arguments[:-1], tmp_path / "e", "--format", "recbole")
+    assert refused.exit_code == 2
+    assert "t.csv, line 1: need the column user_id:token" in refused.stderr
 
 
 def test_info_is_the_installation_report() -> None:

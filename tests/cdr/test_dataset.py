@@ -46,13 +46,50 @@ def test_one_id_that_is_no_integer_makes_the_order_textual(tmp_path: Path) -> No
 def test_counts_and_skipped_rows_are_recorded(tmp_path: Path) -> None:
     paths = files(tmp_path, "1,x,1\n1,x,2\n2,y\n", "1,a,nope\n1,a,5\n")
     info = prepare(*paths, on_error="skip")
-    assert (info["source"]["duplicate_rows"], info["source"]["skipped_rows"]) == (1, 1)
+    nothing = {"user below minimum": 0, "item below minimum": 0}
+    assert info["source"]["removed"] == {"malformed": 1, "duplicate": 1, **nothing}
+    assert (info["source"]["rows"], info["source"]["ratings"]) == (3, 1)
     assert info == json.loads((paths[2] / "dataset.json").read_text())
     assert (paths[2] / "skipped.csv").read_text().splitlines() == [
         "domain,line,reason,text",
         'source,4,"2 columns, need 3","2,y"',
         "target,2,rating 'nope' is not a number,\"1,a,nope\"",
     ]
+
+
+def test_minima_hold_within_each_domain_before_users_are_matched(tmp_path: Path) -> None:
+    source = "1,x,1\n1,y,2\n2,x,3\n2,y,4\n3,x,5\n"
+    target = "1,a,1\n1,b,2\n2,a,3\n2,b,4\n3,a,5\n3,b,5\n"
+    options = {"min_user_ratings": 2, "min_item_ratings": 2}
+    info = prepare(*files(tmp_path, source, target), **options)  # type: ignore[arg-type]
+    assert info["overlap_users"] == 2
+    assert users(tmp_path / "out", "source") == ["1", "2"]
+    assert users(tmp_path / "out", "target") == ["1", "2", "3"]
+    assert info["options"] == {
+        "format": "auto",
+        "on_error": "raise",
+        "duplicates": "last",
+        **options,
+    }
+
+
+def test_files_of_two_formats_make_one_dataset(tmp_path: Path) -> None:
+    reviews = (("A1", "x", 5, 2), ("A2", "x", 4, 1))
+    keys = ("reviewerID", "asin", "overall", "unixReviewTime")
+    (tmp_path / "s.json").write_text(
+        "".join(json.dumps(dict(zip(keys, review, strict=True))) + "\n" for review in reviews)
+    )
+    (tmp_path / "t.inter").write_text("user_id:token\titem_id:token\trating:float\nA2\ta\t1\n")
+    info = prepare(tmp_path / "s.json", tmp_path / "t.inter", tmp_path / "out")
+    assert (info["source"]["kind"], info["target"]["kind"]) == (
+        "Amazon reviews",
+        "RecBole atomic file",
+    )
+    dataset = Dataset.load(tmp_path / "out")
+    assert dataset.source.timestamps is not None
+    assert dataset.source.timestamps.tolist() == [2, 1]
+    assert dataset.source.users.tolist() == [1, 0]
+    assert dataset.target.timestamps is None
 
 
 @pytest.mark.parametrize(
