@@ -40,7 +40,7 @@ from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.synthetic import Synthetic
 
 Backend = Literal["auto", "native", "triton", "reference"]
-ModelName = Literal["mimnet", "ptupcdr", "emcdr", "tgt", "all"]
+ModelName = Literal["mimnet", "ptupcdr", "emcdr", "cmf", "tgt", "all"]
 
 _messages = Console(stderr=True)
 

@@ -4,7 +4,7 @@ The folder of a run holds what it learned::
 
     source.safetensors                     base model of the source domain
     {selection,final}/target.safetensors   base model of the target domain
-    {selection,final}/MODEL.safetensors    a transfer model after its last finished epoch
+    {selection,final}/MODEL.safetensors    any other model after its last finished epoch
     MODEL.safetensors                      weights of the `final` one at the honestly chosen epoch
     results.json, results.md
 
@@ -19,26 +19,31 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
+from torch.nn import Module
 
 from mimnet_fast.cdr import checkpoints, results
 from mimnet_fast.cdr.biases import residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
-from mimnet_fast.cdr.evaluation import errors, evaluate
+from mimnet_fast.cdr.evaluation import Predict, errors, evaluate
 from mimnet_fast.cdr.models import (
     MODELS,
     TRIVIAL,
     FrozenInputs,
+    JointTables,
     MatrixFactorization,
+    TransferModel,
     item_prototypes,
 )
 from mimnet_fast.cdr.protocol import Phase, split
 from mimnet_fast.cdr.training import (
     Epoch,
+    Loss,
     Schedule,
     fit,
     seeded_generator,
@@ -101,7 +106,7 @@ def run(
     summary = {**results.header(dataset, config, data), "models": found}
     for name in models:
         spec = MODELS[name]
-        if spec.build is None:
+        if spec.build is None and spec.base == "target":
             curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
         else:
             curves = _train(name, stage1, folder)
@@ -131,6 +136,9 @@ class BaseModels:
         biased = config.base == "biased-mf"
         self.split = residuals(self.raw) if biased else self.raw
         self.scale, self.weight_decay = (BIASED_SCALE, BIASED_DECAY) if biased else (1.0, 0.0)
+        self.schedule = Schedule(
+            config.base_epochs, config.base_batch_size, config.learning_rate, self.weight_decay
+        )
         self.identity = {"dataset": dataset.fingerprint} | {
             name: getattr(config, name) for name in _BASE_SETTINGS
         }
@@ -176,6 +184,14 @@ class BaseModels:
             inputs, item_prototypes=item_prototypes(target_items, config.prototypes, seed)
         )
 
+    def factorization(self, stream: str, users: int, items: int) -> MatrixFactorization:
+        """An untrained base model."""
+        return seeded_module(
+            partial(MatrixFactorization, users, items, self.config.features, scale=self.scale),
+            self.config.seed,
+            stream,
+        )
+
     def _model(
         self,
         name: str,
@@ -188,21 +204,12 @@ class BaseModels:
     ) -> tuple[MatrixFactorization, list[Epoch]]:
         if name not in self._trained:
             config, stream = self.config, name.rpartition("/")[2]
-            model = seeded_module(
-                partial(MatrixFactorization, users, items, config.features, scale=self.scale),
-                config.seed,
-                stream,
-            )
+            model = self.factorization(stream, users, items)
             curve = fit(
                 model,
                 squared_error(model),
                 train.columns(),
-                Schedule(
-                    config.base_epochs,
-                    config.base_batch_size,
-                    config.learning_rate,
-                    self.weight_decay,
-                ),
+                self.schedule,
                 generator=seeded_generator(config.seed, f"{stream} batches"),
                 evaluate=partial(evaluate, model, measured),
                 checkpoint=self.folder / f"{name}.safetensors",
@@ -214,8 +221,19 @@ class BaseModels:
         return self._trained[name]
 
 
+class _Job(NamedTuple):
+    """How one model is trained in one phase."""
+
+    module: Module
+    loss: Loss
+    examples: tuple[Tensor, ...]
+    schedule: Schedule
+    predict: Predict
+    """The trained module's ratings of target items."""
+
+
 def _train(name: str, stage1: BaseModels, folder: Path) -> dict[str, list[Epoch]]:
-    """Both phases of a transfer model; keeps the weights of the honestly chosen epoch."""
+    """Both phases of a model; keeps the weights of the honestly chosen epoch."""
     selection = _train_phase(name, stage1, folder, "selection")
     chosen = results.best_epoch(selection, "mae")
     final = _train_phase(name, stage1, folder, "final", keep=chosen)
@@ -225,29 +243,52 @@ def _train(name: str, stage1: BaseModels, folder: Path) -> dict[str, list[Epoch]
 def _train_phase(
     name: str, stage1: BaseModels, folder: Path, phase: PhaseName, *, keep: int | None = None
 ) -> list[Epoch]:
-    config, spec = stage1.config, MODELS[name]
-    assert spec.build is not None
-    data: Phase = getattr(stage1.split, phase)
-    model = seeded_module(partial(spec.build, config), config.seed, name)
-    inputs = stage1.frozen(phase, prototypes=model.uses_prototypes)
+    config, build = stage1.config, MODELS[name].build
     generator = seeded_generator(config.seed, f"{name} batches")
+    if build is None:
+        job = _joint_job(name, stage1, phase)
+    else:
+        model = seeded_module(partial(build, config), config.seed, name)
+        job = _transfer_job(model, stage1, phase, generator)
     identity = {"name": f"{phase}/{name}", **stage1.identity} | {
-        setting: getattr(config, setting) for setting in spec.settings
+        setting: getattr(config, setting) for setting in MODELS[name].settings
     }
 
     def keep_chosen(epoch: int) -> None:
         if epoch == keep:
-            checkpoints.save(folder / f"{name}.safetensors", model.state_dict(), identity)
+            checkpoints.save(folder / f"{name}.safetensors", job.module.state_dict(), identity)
 
+    data: Phase = getattr(stage1.split, phase)
     return fit(
-        model,
-        lambda *batch: model.loss(inputs, batch, generator),
-        model.examples(inputs, data),
-        Schedule(config.epochs, config.batch_size, config.learning_rate, stage1.weight_decay),
+        job.module,
+        job.loss,
+        job.examples,
+        job.schedule,
         generator=generator,
-        evaluate=partial(evaluate, partial(model, inputs), data.evaluation),
+        evaluate=partial(evaluate, job.predict, data.evaluation),
         checkpoint=folder / phase / f"{name}.safetensors",
         identity=identity,
         progress=stage1.progress,
         after_epoch=keep_chosen,
+    )
+
+
+def _joint_job(name: str, stage1: BaseModels, phase: PhaseName) -> _Job:
+    tables = JointTables.of(stage1.dataset)
+    model = stage1.factorization(name, tables.users, tables.items)
+    examples = tables.examples(stage1.split.train_source, getattr(stage1.split, phase))
+    return _Job(model, squared_error(model), examples, stage1.schedule, tables.predict(model))
+
+
+def _transfer_job(
+    model: TransferModel, stage1: BaseModels, phase: PhaseName, generator: torch.Generator
+) -> _Job:
+    config = stage1.config
+    inputs = stage1.frozen(phase, prototypes=model.uses_prototypes)
+    return _Job(
+        model,
+        lambda *batch: model.loss(inputs, batch, generator),
+        model.examples(inputs, getattr(stage1.split, phase)),
+        Schedule(config.epochs, config.batch_size, config.learning_rate, stage1.weight_decay),
+        partial(model, inputs),
     )

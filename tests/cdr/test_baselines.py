@@ -12,13 +12,13 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings, prepare
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
-from mimnet_fast.cdr.models import MODELS, TRIVIAL, FrozenInputs
+from mimnet_fast.cdr.models import MODELS, TRIVIAL, FrozenInputs, JointTables, MatrixFactorization
 from mimnet_fast.cdr.models.emcdr import EMCDR
-from mimnet_fast.cdr.protocol import Phase
+from mimnet_fast.cdr.protocol import Phase, split
 from mimnet_fast.cdr.synthetic import Synthetic
 from mimnet_fast.cdr.training import seeded_generator
 
-BASELINES = ("emcdr",)
+BASELINES = ("emcdr", "cmf")
 USERS = torch.tensor([4, 1, 8])
 
 
@@ -49,7 +49,7 @@ def test_planted_interests_are_learned(learned: dict[str, Any], name: str) -> No
     assert learned[name]["honest"]["mae"] < BELOW[name] * best_trivial
 
 
-BELOW = {"emcdr": 0.6}
+BELOW = {"emcdr": 0.6, "cmf": 0.6}
 """Share of the best trivial predictor's error that a model has to stay below."""
 
 
@@ -83,3 +83,28 @@ def test_emcdr_is_its_equation(inputs: FrozenInputs, phase: Phase, kind: Any) ->
 def test_unknown_mapping_is_refused() -> None:
     with pytest.raises(UserError, match="mapping: got 'affine', need one of linear, mlp"):
         Config(mapping="affine")  # type: ignore[arg-type]
+
+
+def test_cmf_shares_the_users_of_both_domains(dataset: Dataset) -> None:
+    tables = JointTables.of(dataset)
+    data = split(dataset, 0.25, 7)
+    model = MatrixFactorization(tables.users, tables.items, 3)
+    users, items, values = tables.examples(data.train_source, data.final)
+    source, target = data.train_source, data.final.train_target
+    assert values.equal(torch.cat([source.values, target.values]))
+    seen: dict[tuple[bool, int], int] = {}
+    for row, (user, item) in enumerate(zip(users.tolist(), items.tolist(), strict=True)):
+        in_target = row >= len(source)
+        part, at = (target, row - len(source)) if in_target else (source, row)
+        person, thing = int(part.users[at]), int(part.items[at])
+        shared = person < dataset.num_overlap
+        assert seen.setdefault((in_target and not shared, person), user) == user
+        assert (user >= dataset.num_source_users) == (in_target and not shared)
+        assert item == thing + in_target * dataset.num_source_items
+    assert len(set(seen.values())) == len(seen)
+    test = data.final.evaluation
+    expected = [
+        model.users.weight[user] @ model.items.weight[dataset.num_source_items + item]
+        for user, item in zip(test.users.tolist(), test.items.tolist(), strict=True)
+    ]
+    assert_close(tables.predict(model)(test.users, test.items), torch.stack(expected))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from mimnet_fast.cdr import biases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
+from mimnet_fast.cdr.models.cmf import JointTables
 from mimnet_fast.cdr.models.emcdr import EMCDR
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 from mimnet_fast.cdr.models.mimnet import MIMNet
@@ -24,6 +26,7 @@ __all__ = [
     "PTUPCDR",
     "TRIVIAL",
     "FrozenInputs",
+    "JointTables",
     "MIMNet",
     "MatrixFactorization",
     "ModelSpec",
@@ -40,9 +43,11 @@ class ModelSpec:
     source: str
     """Where the model is published."""
     build: Callable[[Config], TransferModel] | None = None
-    """None where the model is the target base model itself and nothing is trained in stage 2."""
+    """Makes the model of stage 2."""
     settings: tuple[str, ...] = ()
     """Fields of `Config` that stage 2 depends on, beside those of the base models."""
+    base: Literal["target", "joint"] = "target"
+    """Without a stage 2: the target base model itself, or a base model of both domains."""
 
 
 _SETTINGS = ("epochs", "batch_size", "hidden", "backend")
@@ -78,6 +83,7 @@ MODELS: dict[str, ModelSpec] = {
     "emcdr": ModelSpec(
         "EMCDR", "Man et al., IJCAI 2017", _emcdr, ("epochs", "batch_size", "mapping")
     ),
+    "cmf": ModelSpec("CMF", "Singh & Gordon, KDD 2008", base="joint"),
     "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
 }
 
