@@ -7,6 +7,7 @@ and messages to standard error.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from typer.core import TyperGroup
 
@@ -32,6 +34,7 @@ from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.dataset import prepare as prepare_dataset
+from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.models import MODELS
@@ -39,6 +42,7 @@ from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.synthetic import Synthetic
 
+CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
 Backend = Literal["auto", "native", "triton", "reference"]
 ModelName = Literal["mimnet", "ptupcdr", "emcdr", "cmf", "tgt", "all"]
 
@@ -129,6 +133,38 @@ def prepare(
     print(f"{summary['overlap_users']:,} users of both domains; dataset in {out}")
     if (out / "skipped.csv").exists():
         print(f"malformed rows are listed in {out / 'skipped.csv'}")
+
+
+downloads = typer.Typer(help="Fetch public rating files.", no_args_is_help=True)
+app.add_typer(downloads, name="download")
+
+
+@downloads.command()
+def amazon(
+    category: Annotated[CategoryName, typer.Option(help="Which files.")] = "all",
+    files: Annotated[
+        Files, typer.Option(help="5-core reviews (JSON lines), or all ratings (CSV).")
+    ] = "reviews",
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("data/amazon"),
+    base: Annotated[str, typer.Option("--from", help="Address of the folder with the files.")] = (
+        AMAZON
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Fetch Amazon's reviews or ratings of 2014, those of the published experiments.
+
+    Run the same command again to go on where it was stopped. Checksums are compared with known ones
+    where there are any, else with those of the first download, kept in NAME.sha256.
+    """
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as progress:
+        categories = CATEGORIES if category == "all" else [category]
+        found = download_amazon(categories, files, out, base=base, progress=progress)
+    if as_json:
+        print(json.dumps([{**asdict(each), "path": str(each.path)} for each in found], indent=2))
+        return
+    for each in found:
+        state = "fetched" if each.fetched else "there already"
+        print(f"{each.path}: {state}, SHA-256 {each.sha256} ({each.check})")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import mimnet_fast
-from mimnet_fast.cdr.atomic import atomic_folder
+from mimnet_fast.cdr.atomic import atomic_folder, sha256
 from mimnet_fast.cdr.cleaning import Cleaned, Duplicates, clean
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.readers import Format, OnError, RatingTable, read_ratings
@@ -98,7 +98,7 @@ class Dataset:
             )
         for name, checksum in info["tables"].items():
             path = folder / name
-            if not path.is_file() or _sha256(path) != checksum:
+            if not path.is_file() or sha256(path) != checksum:
                 raise UserError(f"{path} is missing or damaged: prepare the dataset again")
         checksums = "".join(checksum for _, checksum in sorted(info["tables"].items()))
         counts = {
@@ -182,7 +182,7 @@ def prepare(
             "options": {"format": format, "on_error": on_error, **cleaning},
             "overlap_users": overlap.len(),
             **info,
-            "tables": {path.name: _sha256(path) for path in sorted(folder.glob("*.parquet"))},
+            "tables": {path.name: sha256(path) for path in sorted(folder.glob("*.parquet"))},
         }
         (folder / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -192,7 +192,7 @@ def _summary(table: RatingTable, cleaned: Cleaned) -> dict[str, Any]:
     ratings = cleaned.ratings
     return {
         "file": table.path.name,
-        "sha256": _sha256(table.path),
+        "sha256": sha256(table.path),
         "kind": table.format,
         "unused_columns": list(table.unused_columns),
         "rows": table.ratings.height + table.skipped.height,
@@ -248,11 +248,3 @@ def _load_ratings(path: Path) -> Ratings:
         values=table["rating"].to_torch().to(torch.float32),
         timestamps=timestamps,
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
