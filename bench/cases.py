@@ -45,7 +45,7 @@ CAPSNET = Case("capsnet", 16, 1152, 10, 16, 0, d_in=8, per_position=True)
 
 CASES = {
     op: (PAPER, PAPER512, WIDE, *((MIND, COMIREC_DR, CAPSNET) if op == "dynamic_routing" else ()))
-    for op in ops.FUNCTIONS
+    for op in ops.DIFFERENTIABLE
 }
 
 # For GPUs, which the sizes above leave idle.

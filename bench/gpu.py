@@ -37,7 +37,7 @@ _EXERCISES = (
 
 def exercise(device: str, backend: str) -> None:
     """Run every op forward and backward on one backend, for a sanitizer to watch."""
-    for op in ops.FUNCTIONS:
+    for op in ops.DIFFERENTIABLE:
         function = baselines.served_by(getattr(ops, op), backend)
         for case, dtype in _EXERCISES:
             call = cases.make_call(op, case, dtype, device)
@@ -120,7 +120,7 @@ def check() -> None:
         print(f"{tool}: {shutil.which(tool) or 'not here'}")
     for module in _MODULES:
         print(f"{module}: {'here' if importlib.util.find_spec(module) else 'not here'}")
-    for op in ops.FUNCTIONS:
+    for op in ops.DIFFERENTIABLE:
         for case in cases.of_device(op, "cuda"):
             for dtype in cases.DTYPES.values():
                 cases.make_call(op, replace(case, batch=2), dtype)

@@ -24,7 +24,7 @@ import torch
 from bench import baselines, cases
 
 # Without these, freed pages stay with the process and hide what the next step allocates.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[tuple[str, str, str], int]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        env={**os.environ, **_ALLOCATOR},
+        env={**os.environ, **ALLOCATOR},
     )
     rows = [json.loads(line) for line in process.stdout.splitlines()]
     return {(row["op"], row["case"], row["contender"]): row["bytes"] for row in rows}
@@ -107,9 +107,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     cases.add_arguments(parser)
     options = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in _ALLOCATOR.items()):
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         # The allocator reads its settings when a process starts.
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **_ALLOCATOR})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ALLOCATOR})
     torch.set_num_threads(options.threads)
     for op, case in cases.selected(options):
         call = cases.make_call(op, case, cases.DTYPES[options.dtype])

@@ -67,6 +67,9 @@ SCHEMAS = (
     f"mimnet_forward({_MIMNET}) -> {_tensors(3)}",
     f"mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, {_MIMNET}, "
     f"int needs) -> {_tensors(19)}",
+    # -> scores [B,k], indices [B,k]; without prototype_ids, item n has prototype n
+    "catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes, Tensor? prototype_ids, "
+    f"{_FUSION}, Tensor? excluded, Tensor? excluded_offsets, int k) -> {_tensors(2)}",
 )
 
 for _schema in SCHEMAS:

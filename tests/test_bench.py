@@ -196,7 +196,7 @@ def test_peak_memory_counts_what_is_allocated():
         text=True,
         check=True,
         cwd=ROOT,
-        env={**os.environ, **memory._ALLOCATOR},
+        env={**os.environ, **memory.ALLOCATOR},
     )
     full, empty = map(int, process.stdout.split())
     assert full == pytest.approx(2**24, abs=2**19)

@@ -75,4 +75,11 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
                                   OptionalTensor mask, int64_t iterations, int64_t padding,
                                   int64_t needs);
 
+Tensors2 catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes,
+                         OptionalTensor prototype_ids, Tensor fine_kw, Tensor fine_kb,
+                         Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw, Tensor coarse_kb,
+                         Tensor coarse_vw, Tensor coarse_vb, Tensor fusion_weight,
+                         Tensor fusion_bias, OptionalTensor excluded,
+                         OptionalTensor excluded_offsets, int64_t k);
+
 }  // namespace mimnet_fast::binding

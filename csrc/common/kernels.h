@@ -106,6 +106,18 @@ struct MIMNetArgs {
   Execution execution;
 };
 
+struct CatalogueArgs {
+  View interests;      // [B,K,D]
+  View items;          // [N,D]
+  View prototypes;     // [P,D]
+  View prototype_ids;  // int64 [N], or none: item n has prototype n
+  FusionWeights weights;
+  View excluded, excluded_offsets;  // none, or int64 [T] and [B+1]
+  View scores;                      // [B,k]
+  View indices;                     // int64 [B,k]; -1 where no item is left
+  Execution execution;
+};
+
 struct Kernels {
   const char* target;
   void (*squash)(const SquashArgs&);
@@ -120,6 +132,7 @@ struct Kernels {
   void (*multi_granularity_attention_backward)(const MultiGranularityArgs&);
   void (*mimnet_forward)(const MIMNetArgs&);
   void (*mimnet_forward_backward)(const MIMNetArgs&);
+  void (*catalogue_top_k)(const CatalogueArgs&);  // null: the device has none
 };
 
 // Those of the library that this is linked into, for the device at hand.

@@ -67,6 +67,28 @@ MIMNET_FAST_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
+// Bit w is set where a comparison holds in lane w.
+template <class T>
+MIMNET_FAST_INLINE uint32_t lanes_where(Int<T> holds) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return uint32_t(_mm512_movepi32_mask((__m512i)holds));
+  } else {
+    return uint32_t(_mm512_movepi64_mask((__m512i)holds));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return uint32_t(_mm256_movemask_ps((__m256)holds));
+  } else {
+    return uint32_t(_mm256_movemask_pd((__m256d)holds));
+  }
+#else
+  uint32_t bits = 0;
+  for (int w = 0; w < kLanes<T>; ++w) bits |= uint32_t(holds[w] != 0) << w;
+  return bits;
+#endif
+}
+
 // Lane by lane; the compiler turns the loops into vector instructions where there are any.
 MIMNET_FAST_INLINE Vec<float> sqrt(Vec<float> x) {
   for (int w = 0; w < kLanes<float>; ++w) x[w] = __builtin_sqrtf(x[w]);

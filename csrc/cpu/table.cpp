@@ -20,6 +20,7 @@ const Kernels& kernels() {
       multi_granularity_attention_backward,
       mimnet_forward,
       mimnet_forward_backward,
+      catalogue_top_k,
   };
   return table;
 }

@@ -1,5 +1,6 @@
 """The ops: autograd functions over tensors, each served by the backend that fits the call."""
 
+from mimnet_fast.ops.catalogue_top_k import catalogue_top_k
 from mimnet_fast.ops.dynamic_routing import dynamic_routing
 from mimnet_fast.ops.interest_bridge import interest_bridge
 from mimnet_fast.ops.mimnet_forward import mimnet_forward
@@ -8,7 +9,7 @@ from mimnet_fast.ops.squash import squash
 from mimnet_fast.ops.target_attention import target_attention
 from mimnet_fast.reference import MIMNetParameters
 
-FUNCTIONS = (
+DIFFERENTIABLE = (
     "squash",
     "dynamic_routing",
     "interest_bridge",
@@ -16,10 +17,16 @@ FUNCTIONS = (
     "multi_granularity_attention",
     "mimnet_forward",
 )
+"""The ops with a gradient."""
+
+FUNCTIONS = (*DIFFERENTIABLE, "catalogue_top_k")
+"""Every op."""
 
 __all__ = [
+    "DIFFERENTIABLE",
     "FUNCTIONS",
     "MIMNetParameters",
+    "catalogue_top_k",
     "dynamic_routing",
     "interest_bridge",
     "mimnet_forward",

@@ -33,18 +33,29 @@ def register(
 
     ``backward(kernel, ctx, *grads)`` is the gradient's formula around a backward op.
     """
-    calls = {}
-    for backend, suffix in SUFFIX.items():
-        kernel_name = f"{name}_backward{suffix}"
-        torch.library.register_fake(f"mimnet_fast::{name}{suffix}", fake)
-        torch.library.register_fake(f"mimnet_fast::{kernel_name}", fake_backward)
-        if backend == "triton":
-            for function in (name, f"{name}_backward"):
-                run = partial(_run_triton, name, function)
-                LIBRARY.impl(f"{function}{suffix}", run, "CompositeExplicitAutograd")
-        kernel = getattr(torch.ops.mimnet_fast, kernel_name)
-        calls[backend] = _differentiable(f"{name}{suffix}", setup, partial(backward, kernel))
-    return calls
+    _declare(name, name, fake)
+    kernels = _declare(name, f"{name}_backward", fake_backward)
+    return {
+        backend: _differentiable(f"{name}{suffix}", setup, partial(backward, kernels[backend]))
+        for backend, suffix in SUFFIX.items()
+    }
+
+
+def register_inference(name: str, fake: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The same for an op without a gradient, which refuses inputs that require one."""
+    return {backend: kernel.default for backend, kernel in _declare(name, name, fake).items()}
+
+
+def _declare(module: str, function: str, fake: Callable[..., Any]) -> dict[str, Any]:
+    """One registered op for each backend, served by ``kernels/<module>.py`` in Triton."""
+    for suffix in SUFFIX.values():
+        torch.library.register_fake(f"mimnet_fast::{function}{suffix}", fake)
+    run = partial(_run_triton, module, function)
+    LIBRARY.impl(f"{function}{SUFFIX['triton']}", run, "CompositeExplicitAutograd")
+    return {
+        backend: getattr(torch.ops.mimnet_fast, f"{function}{suffix}")
+        for backend, suffix in SUFFIX.items()
+    }
 
 
 def _differentiable(

@@ -106,37 +106,47 @@ def offsets(
     rows: int,
     length: int | None,
     like: Tensor,
+    name: str = "offsets",
 ) -> Tensor:
     """Offsets ``[B+1]`` of ``rows`` values, each history at most ``length`` long where that counts.
 
     Values are looked at as in :func:`in_range`; kernels bound what they read by them.
     """
     if mask is not None or lengths is not None:
-        raise ValueError("offsets: got them together with mask or lengths, which they replace")
-    tensor = is_tensor("offsets", offsets, (1,), "[B+1]")
+        raise ValueError(f"{name}: got them together with mask or lengths, which they replace")
+    tensor = is_tensor(name, offsets, (1,), "[B+1]")
     if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"offsets: got dtype {tensor.dtype}, need int64 or int32")
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, need int64 or int32")
     if tensor.shape[0] < 1:
-        raise ValueError("offsets: got no value, need [B+1]: 0 and the end of every history")
-    _same_device("offsets", tensor, like)
+        raise ValueError(f"{name}: got no value, need [B+1]: 0 and the end of every history")
+    _same_device(name, tensor, like)
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return tensor
     if tensor[0] != 0:
-        raise ValueError(f"offsets: start at {int(tensor[0])}, need 0")
+        raise ValueError(f"{name}: start at {int(tensor[0])}, need 0")
     if tensor[-1] != rows:
-        raise ValueError(
-            f"offsets: end at {int(tensor[-1])}, need T = {rows}, the number of values"
-        )
+        raise ValueError(f"{name}: end at {int(tensor[-1])}, need T = {rows}, the number of values")
     if tensor.shape[0] > 1:
         shortest, longest = (int(value) for value in torch.aminmax(tensor.diff()))
         if shortest < 0:
-            raise ValueError(f"offsets: decrease by {-shortest} at a user, need none to decrease")
+            raise ValueError(f"{name}: decrease by {-shortest} at a user, need none to decrease")
         if length is not None and longest > length:
             raise ValueError(
-                f"offsets: got a history of {longest} items, need at most L = {length}, for which "
+                f"{name}: got a history of {longest} items, need at most L = {length}, for which "
                 "logits or weight have positions"
             )
     return tensor
+
+
+def integers(name: str, value: Any, count: int, meaning: str, like: Tensor) -> Tensor:
+    """``value``, a vector of ``count`` integers, as int64."""
+    tensor = is_tensor(name, value, (1,), meaning)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, need int64 or int32")
+    if tensor.shape != (count,):
+        raise ValueError(f"{name}: got shape {_text(tensor.shape)}, need {meaning} = [{count}]")
+    _same_device(name, tensor, like)
+    return tensor.long()
 
 
 def in_range(name: str, tensor: Tensor, low: int, high: int, meaning: str) -> None:

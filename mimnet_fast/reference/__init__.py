@@ -4,6 +4,10 @@ Each file holds the textbook form, as a reader of the paper would write it, and,
 saves work, the reassociated form that the kernels are derived from.
 """
 
+from mimnet_fast.reference.catalogue_top_k import (
+    catalogue_top_k,
+    catalogue_top_k_reassociated,
+)
 from mimnet_fast.reference.dynamic_routing import dynamic_routing, dynamic_routing_reassociated
 from mimnet_fast.reference.interest_bridge import interest_bridge, interest_bridge_reassociated
 from mimnet_fast.reference.mimnet_forward import (
@@ -20,6 +24,8 @@ from mimnet_fast.reference.target_attention import target_attention, target_atte
 
 __all__ = [
     "MIMNetParameters",
+    "catalogue_top_k",
+    "catalogue_top_k_reassociated",
     "dynamic_routing",
     "dynamic_routing_reassociated",
     "interest_bridge",

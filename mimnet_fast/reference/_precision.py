@@ -40,6 +40,6 @@ def accumulate_in_float32(function: F) -> F:
             return tensor.float() if tensor.dtype in _HALF else tensor
 
         wide = function(*_map(args, widen), **{k: _map(v, widen) for k, v in kwargs.items()})
-        return _map(wide, lambda tensor: tensor.to(first.dtype))
+        return _map(wide, lambda t: t.to(first.dtype) if t.is_floating_point() else t)
 
     return wrapper  # type: ignore[return-value]

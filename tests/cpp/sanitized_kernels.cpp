@@ -377,6 +377,33 @@ void mimnet_case(DType t, Shape s, bool ids) {
   grad_fusion.check();
 }
 
+// More users than a block of them, items than a stretch of them; all prototypes kept, or none.
+void catalogue_case(DType t, Shape s, int64_t items, bool kept) {
+  const int64_t prototypes = kept ? 3 : items, top = 5;
+  Tensor interests = Tensor(t, {s.b, s.k, s.d}, 1).random();
+  Tensor table = Tensor(t, {items, s.d}, 2).random();
+  Tensor guides = Tensor(t, {prototypes, s.d}).random();
+  Tensor ids = Tensor(DType::int64, {items}).integers(prototypes);
+  Tensor excluded = Tensor(DType::int64, {4 * s.b}).integers(items);
+  int64_t offset = -4;
+  Tensor offsets = Tensor(DType::int64, {s.b + 1}).fill([&] { return double(offset += 4); });
+  Fusion fusion = Fusion(t, s.d).random();
+  Tensor scores(t, {s.b, top}), indices(DType::int64, {s.b, top});
+  CatalogueArgs args{};
+  args.interests = interests;
+  args.items = table;
+  args.prototypes = guides;
+  if (kept) args.prototype_ids = ids;
+  args.weights = fusion;
+  args.excluded = excluded;
+  args.excluded_offsets = offsets;
+  args.scores = scores;
+  args.indices = indices;
+  args.execution.parallel = two_threads();
+  kernels().catalogue_top_k(args);
+  scores.check("catalogue_top_k");
+}
+
 }  // namespace
 
 int main() {
@@ -386,6 +413,7 @@ int main() {
     for (const SoftmaxAxis axis : {SoftmaxAxis::capsules, SoftmaxAxis::inputs}) {
       routing_case(t, {3, 700, 8, 25, 1}, 4, axis, Padding::zero_after, false);
     }
+    for (const bool kept : {false, true}) catalogue_case(t, {150, 0, 2, 5, 0}, 1100, kept);
     for (const Shape& s : shapes) {
       squash_case(t, s);
       for (int weight = 0; weight <= 4; ++weight) {
@@ -400,6 +428,7 @@ int main() {
         attention_case(t, s, flag ? 3 : 1, flag);
         fusion_case(t, s, flag ? 3 : 1);
         mimnet_case(t, s, flag);
+        catalogue_case(t, s, 60, flag);
       }
     }
   }
