@@ -44,7 +44,7 @@ from mimnet_fast.cdr.synthetic import Synthetic
 
 CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
 Backend = Literal["auto", "native", "triton", "reference"]
-ModelName = Literal["mimnet", "ptupcdr", "emcdr", "cmf", "tgt", "all"]
+ModelName = Literal["mimnet", "mimnet-released", "ptupcdr", "emcdr", "cmf", "tgt", "all"]
 
 _messages = Console(stderr=True)
 

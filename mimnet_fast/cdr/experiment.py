@@ -163,8 +163,10 @@ class BaseModels:
             keep_predictions=True,
         )
 
-    def frozen(self, phase: PhaseName, *, prototypes: bool) -> FrozenInputs:
-        """What a transfer model is given in a phase."""
+    def frozen(
+        self, phase: PhaseName, *, prototypes: bool, untrained_rows: bool = False
+    ) -> FrozenInputs:
+        """What a transfer model is given in a phase; see `TransferModel` for the options."""
         source, target = self.source()[0], self.target(phase)[0]
         source_items = source.items.weight.detach()
         target_items = target.items.weight.detach()
@@ -180,9 +182,13 @@ class BaseModels:
             return inputs
         config = self.config
         seed = config.seed % 2**32  # what scikit-learn takes
-        return replace(
-            inputs, item_prototypes=item_prototypes(target_items, config.prototypes, seed)
-        )
+        untrained = None
+        if untrained_rows:
+            generator = seeded_generator(config.seed, "untrained rows")
+            shape = len(source_items) + 1, config.features  # one for empty histories
+            untrained = self.scale * torch.randn(shape, generator=generator)
+        found = item_prototypes(target_items, config.prototypes, seed, untrained)
+        return replace(inputs, item_prototypes=found)
 
     def factorization(self, stream: str, users: int, items: int) -> MatrixFactorization:
         """An untrained base model."""
@@ -284,7 +290,11 @@ def _transfer_job(
     model: TransferModel, stage1: BaseModels, phase: PhaseName, generator: torch.Generator
 ) -> _Job:
     config = stage1.config
-    inputs = stage1.frozen(phase, prototypes=model.uses_prototypes)
+    inputs = stage1.frozen(
+        phase,
+        prototypes=model.uses_prototypes,
+        untrained_rows=model.clusters_untrained_rows,
+    )
     return _Job(
         model,
         lambda *batch: model.loss(inputs, batch, generator),

@@ -1,5 +1,6 @@
 """The baselines: each against its equations, and on data with planted interests."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -12,13 +13,24 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings, prepare
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
-from mimnet_fast.cdr.models import MODELS, TRIVIAL, FrozenInputs, JointTables, MatrixFactorization
+from mimnet_fast.cdr.models import (
+    MODELS,
+    TRIVIAL,
+    FrozenInputs,
+    JointTables,
+    MatrixFactorization,
+    item_prototypes,
+)
 from mimnet_fast.cdr.models.emcdr import EMCDR
+from mimnet_fast.cdr.models.mimnet import MIMNet
+from mimnet_fast.cdr.models.mimnet_released import MIMNetReleased
 from mimnet_fast.cdr.protocol import Phase, split
 from mimnet_fast.cdr.synthetic import Synthetic
-from mimnet_fast.cdr.training import seeded_generator
+from mimnet_fast.cdr.training import seeded_generator, seeded_module
 
-BASELINES = ("emcdr", "cmf")
+FROM_USERS = {"emcdr": 0.6, "cmf": 0.6}
+FROM_RATINGS = {"mimnet-released": 0.8}
+"""Share of the best trivial predictor's error that a model has to stay below on easy data."""
 USERS = torch.tensor([4, 1, 8])
 
 
@@ -36,21 +48,17 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("learned")
     Synthetic(users=400, items=60, topics=4, interests=2, ratings_per_user=24).generate(folder, 1)
     prepare(folder / "source.csv", folder / "target.csv", folder / "dataset")
-    config = Config(seed=1, base_epochs=20, base_batch_size=64, epochs=15, batch_size=16)
-    found = run(
-        Dataset.load(folder / "dataset"), config, BASELINES, folder / "run", Progress(disable=True)
-    )
-    return found["models"]
+    data, quiet = Dataset.load(folder / "dataset"), Progress(disable=True)
+    config = Config(seed=1, base_epochs=20, base_batch_size=64, prototypes=8)
+    run(data, replace(config, epochs=15, batch_size=16), FROM_USERS, folder / "run", quiet)
+    config = replace(config, epochs=5, batch_size=64)
+    return run(data, config, FROM_RATINGS, folder / "run", quiet)["models"]
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_planted_interests_are_learned(learned: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(("name", "share"), [*FROM_USERS.items(), *FROM_RATINGS.items()])
+def test_planted_interests_are_learned(learned: dict[str, Any], name: str, share: float) -> None:
     best_trivial = min(learned[trivial]["honest"]["mae"] for trivial in TRIVIAL)
-    assert learned[name]["honest"]["mae"] < BELOW[name] * best_trivial
-
-
-BELOW = {"emcdr": 0.6, "cmf": 0.6}
-"""Share of the best trivial predictor's error that a model has to stay below."""
+    assert learned[name]["honest"]["mae"] < share * best_trivial
 
 
 def test_command_line_knows_all_models() -> None:
@@ -108,3 +116,81 @@ def test_cmf_shares_the_users_of_both_domains(dataset: Dataset) -> None:
         for user, item in zip(test.users.tolist(), test.items.tolist(), strict=True)
     ]
     assert_close(tables.predict(model)(test.users, test.items), torch.stack(expected))
+
+
+def released(**options: bool) -> MIMNetReleased:
+    sizes: dict[str, Any] = {"interests": 3, "iterations": 3, "history_length": 20}
+    return seeded_module(lambda: MIMNetReleased(10, 16, **sizes, **options), 1, "released")
+
+
+QUIRKS = (
+    "first_item_only",
+    "leaking_padding",
+    "shared_padding_id",
+    "fresh_logits",
+    "untrained_prototypes",
+)
+
+
+def test_released_mimnet_without_its_quirks_is_mimnet(inputs: FrozenInputs) -> None:
+    model = released(**dict.fromkeys(QUIRKS, False))
+    corrected = MIMNet(10, 16, interests=3, iterations=3, history_length=20)
+    corrected.load_state_dict(model.state_dict(), strict=False)
+    users = torch.arange(9)
+    assert model(inputs, users, users).equal(corrected(inputs, users, users))
+    assert not model.clusters_untrained_rows
+
+
+@pytest.mark.parametrize("quirk", QUIRKS[:-1])
+def test_each_quirk_changes_predictions(inputs: FrozenInputs, quirk: str) -> None:
+    users = torch.arange(9)
+    everything, without = released(), released(**{quirk: False})
+    assert not everything(inputs, users, users).allclose(without(inputs, users, users))
+
+
+@pytest.mark.parametrize("first_only", [True, False])
+def test_released_mimnet_is_the_public_code(inputs: FrozenInputs, first_only: bool) -> None:
+    """Step by step as that code goes: padding id 0, logits of -1e9, one random draw per row."""
+    inputs.histories[6, 3] = 0
+    model = released(first_item_only=first_only)
+    draw = torch.Generator().manual_seed(int(model.logits_seed))
+    logits = torch.randn(9, 3, 20, generator=draw)
+    found = model(inputs, torch.arange(9), torch.arange(9))
+    fine, coarse = model.attention.fine, model.attention.coarse
+    for user in range(9):
+        ids = inputs.histories[user, : inputs.lengths[user]].tolist() or [None]
+        seen = 1 if first_only else sum(item != 0 for item in ids)
+        rows = [model.no_history if i is None else inputs.source_items[i] for i in ids]
+        rows += [inputs.source_items[0]] * (20 - len(ids))
+        votes = torch.stack(rows) @ model.routing.weight
+        b = logits[user]
+        for step in range(3):
+            padded = torch.where(torch.arange(20) < seen, b, torch.tensor(-1e9))
+            z = padded.softmax(0) @ votes
+            square = z.square().sum(-1, keepdim=True)
+            e = square / (1 + square) * z / (square + 1e-8).sqrt()
+            if step < 2:
+                b = b + e @ votes.T
+        hidden = torch.relu(e @ model.bridge.w1.T + model.bridge.b1)
+        matrices = (hidden @ model.bridge.w2.T + model.bridge.b2).view(3, 10, 10)
+        moved = inputs.source_users[user] @ matrices
+        item, prototype = inputs.target_items[user], inputs.item_prototypes[user]
+
+        def attend(query: torch.Tensor, layer: Any, moved: torch.Tensor = moved) -> torch.Tensor:
+            keys = moved @ layer.key_weight.T + layer.key_bias
+            values = moved @ layer.value_weight.T + layer.value_bias
+            return (keys @ query).softmax(0) @ values
+
+        both = torch.cat([item, prototype])
+        alpha = torch.sigmoid(both @ model.attention.fusion_weight + model.attention.fusion_bias)
+        mixed = (1 - alpha) * attend(item, fine) + alpha * attend(prototype, coarse)
+        assert_close(found[user], (mixed @ item).squeeze(), rtol=1e-4, atol=1e-4)
+
+
+def test_untrained_rows_take_part_in_clustering_only() -> None:
+    items = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    far = torch.tensor([[3.0, 0.3], [3.0, 0.3]])
+    found = item_prototypes(items, 2, 0, far)
+    centre = torch.tensor([3.0, 0.2])
+    assert_close(found, torch.stack([items[0], centre / centre.norm()]))
+    assert_close(item_prototypes(items, 2, 0), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))

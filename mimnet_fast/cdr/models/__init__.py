@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from mimnet_fast.cdr.models.cmf import JointTables
 from mimnet_fast.cdr.models.emcdr import EMCDR
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 from mimnet_fast.cdr.models.mimnet import MIMNet
+from mimnet_fast.cdr.models.mimnet_released import MIMNetReleased
 from mimnet_fast.cdr.models.prototypes import item_prototypes
 from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
 from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
@@ -28,6 +30,7 @@ __all__ = [
     "FrozenInputs",
     "JointTables",
     "MIMNet",
+    "MIMNetReleased",
     "MatrixFactorization",
     "ModelSpec",
     "TransferModel",
@@ -51,10 +54,11 @@ class ModelSpec:
 
 
 _SETTINGS = ("epochs", "batch_size", "hidden", "backend")
+_MIMNET_SETTINGS = (*_SETTINGS, "interests", "iterations", "prototypes")
 
 
-def _mimnet(config: Config) -> TransferModel:
-    return MIMNet(
+def _mimnet(config: Config, model: type[MIMNet] = MIMNet) -> TransferModel:
+    return model(
         config.features,
         config.hidden,
         interests=config.interests,
@@ -77,7 +81,13 @@ MODELS: dict[str, ModelSpec] = {
         "MIMNet",
         "Zhu et al., Neurocomputing 620 (2025), arXiv 2408.00038",
         _mimnet,
-        (*_SETTINGS, "interests", "iterations", "prototypes"),
+        _MIMNET_SETTINGS,
+    ),
+    "mimnet-released": ModelSpec(
+        "MIMNet as released",
+        "the public code, marqu22/MIMNet",
+        partial(_mimnet, model=MIMNetReleased),
+        _MIMNET_SETTINGS,
     ),
     "ptupcdr": ModelSpec("PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _SETTINGS),
     "emcdr": ModelSpec(

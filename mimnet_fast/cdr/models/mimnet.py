@@ -27,6 +27,7 @@ class MIMNet(TransferModel):
     """
 
     uses_prototypes = True
+    padding = "zero_after"
     evaluation_logits: Tensor
 
     def __init__(
@@ -55,12 +56,10 @@ class MIMNet(TransferModel):
     ) -> Tensor:
         """See `TransferModel.forward`; the generator draws the routing logits."""
         assert inputs.item_prototypes is not None
-        logits = self.evaluation_logits
-        if generator is not None:
-            logits = torch.randn(len(users), *logits.shape[1:], generator=generator)
+        history, lengths, table = self.history(inputs, users)
         bridge = self.bridge
         return ops.mimnet_forward(
-            inputs.histories[users],
+            history,
             inputs.source_users[users],
             inputs.target_items[items],
             inputs.item_prototypes[items],
@@ -72,9 +71,21 @@ class MIMNet(TransferModel):
                 bridge.b2,
                 *self.attention.weights(),
             ),
-            logits,
-            lengths=inputs.lengths[users],
-            table=inputs.source_items,
+            self.logits(len(users), generator),
+            lengths=lengths,
+            table=table,
             iterations=self.iterations,
+            padding=self.padding,
             backend=self.backend,
         )
+
+    def history(self, inputs: FrozenInputs, users: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Item ids ``[B, L]``, lengths ``[B]`` and the item table, for `ops.mimnet_forward`."""
+        return inputs.histories[users], inputs.lengths[users], inputs.source_items
+
+    def logits(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        """First routing logits, ``[B, K, L]`` or ``[1, K, L]``."""
+        fixed = self.evaluation_logits
+        if generator is None:
+            return fixed
+        return torch.randn(batch, *fixed.shape[1:], generator=generator)

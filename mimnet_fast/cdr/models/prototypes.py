@@ -11,17 +11,19 @@ from torch.nn.functional import normalize
 from mimnet_fast.cdr.errors import UserError
 
 
-def item_prototypes(items: Tensor, count: int, seed: int) -> Tensor:
+def item_prototypes(
+    items: Tensor, count: int, seed: int, untrained: Tensor | None = None
+) -> Tensor:
     """The prototype of every item: its k-means centroid, scaled to length 1.
 
     Items belong to the nearest centroid before scaling, as published. The published code clusters
-    with faiss and also clusters the untrained rows of source items; here scikit-learn clusters the
-    target items.
+    with faiss, and ``untrained`` rows of source items too; here scikit-learn clusters.
 
     Args:
         items: Trained target item table ``[N, D]``.
         count: Number of prototypes.
         seed: Seed of the k-means++ start.
+        untrained: Further rows ``[M, D]`` to be clustered, without a prototype in the result.
 
     Returns:
         ``[N, D]``
@@ -34,6 +36,7 @@ def item_prototypes(items: Tensor, count: int, seed: int) -> Tensor:
             f"prototypes: got {count} for {len(items)} target items, need at least 1 and at most "
             "one per item: set --prototypes"
         )
+    rows = items if untrained is None else torch.cat([items, untrained])
     with threadpool_limits(1):  # sums of several threads come in no fixed order
-        clusters = KMeans(count, n_init=1, random_state=seed).fit(items.numpy())
-    return normalize(torch.from_numpy(clusters.cluster_centers_))[clusters.labels_]
+        clusters = KMeans(count, n_init=1, random_state=seed).fit(rows.numpy())
+    return normalize(torch.from_numpy(clusters.cluster_centers_))[clusters.labels_[: len(items)]]

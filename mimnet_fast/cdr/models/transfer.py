@@ -39,6 +39,8 @@ class TransferModel(Module):
     """Base of the stage-2 models: how a user known from the source rates a target item."""
 
     uses_prototypes = False
+    clusters_untrained_rows = False
+    """Whether prototypes are also made of as many untrained rows as there are source items."""
 
     def forward(
         self,
