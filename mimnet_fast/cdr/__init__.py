@@ -1,14 +1,15 @@
 """Cross-domain rating prediction for cold-start users, from raw files to a table of errors.
 
 Data flows one way: `readers` and `dataset` (raw files to a prepared folder), `protocol` (who is
-tested on what), `models`, `training` (one model), `experiment` (all of a run), `results`.
+tested on what), `models`, `training` (one model), `experiment` (all of a run), `results`; `grids`
+(many runs), `significance`, `reports`.
 """
 
 from importlib.util import find_spec
 
 _MISSING = [
     name
-    for name in ("polars", "rich", "safetensors", "sklearn", "typer")
+    for name in ("polars", "rich", "safetensors", "scipy", "sklearn", "typer")
     if find_spec(name) is None
 ]
 if _MISSING:

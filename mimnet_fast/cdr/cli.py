@@ -6,10 +6,12 @@ and messages to standard error.
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -24,12 +26,12 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
-from mimnet_fast.cdr import results
+from mimnet_fast.cdr import reports, results
 from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
@@ -37,6 +39,7 @@ from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import MODELS
 from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
@@ -68,7 +71,79 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BackendOption = Annotated[Backend, typer.Option(help="Which kernels compute MIMNet and bridges.")]
+DatasetFolder = Annotated[Path, typer.Argument(help="Folder made by `prepare`.")]
+Out = Annotated[Path, typer.Option(help="Folder of all runs and tables.")]
+Betas = Annotated[list[float], typer.Option(help="Shares of shared users to test on.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: --seed and those after it.")]
+FirstSeed = Annotated[int, typer.Option(help="First seed: decides the split and all random.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what is in --out, or add something to it.")
+]
 Seed = Annotated[int, typer.Option(help="Decides the split and everything random.")]
+
+_SETTINGS: dict[str, Any] = {
+    "history_order": Annotated[
+        HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
+    ],
+    "base": Annotated[Base, typer.Option(help="Base models: as published, or on top of biases.")],
+    "epochs": Annotated[int, typer.Option(help="Epochs of stage 2.")],
+    "batch_size": Annotated[int, typer.Option(help="Batch of stage 2.")],
+    "base_epochs": Annotated[int, typer.Option(help="Epochs of stage 1.")],
+    "base_batch_size": Annotated[int, typer.Option(help="Batch of stage 1.")],
+    "learning_rate": Annotated[float, typer.Option(help="Of Adam.")],
+    "features": Annotated[int, typer.Option(help="Width of embeddings.")],
+    "hidden": Annotated[int, typer.Option(help="Width of meta networks.")],
+    "mapping": Annotated[Mapping, typer.Option(help="Of users in EMCDR: one matrix, or an MLP.")],
+    "interests": Annotated[int, typer.Option(help="Interests per user.")],
+    "iterations": Annotated[int, typer.Option(help="Routing passes.")],
+    "prototypes": Annotated[int, typer.Option(help="Clusters of target items.")],
+    "backend": BackendOption,
+}
+"""Options of every command that trains: fields of `Config` with its defaults."""
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def _with_settings(*, but: Collection[str] = ()) -> Callable[[_Command], _Command]:
+    """Give a command the options in `_SETTINGS` in place of its ``**settings``."""
+
+    def add(command: _Command) -> _Command:
+        signature = inspect.signature(command, eval_str=True)
+        *parameters, _ = signature.parameters.values()
+        parameters += [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(Config, name),
+                annotation=annotation,
+            )
+            for name, annotation in _SETTINGS.items()
+            if name not in but
+        ]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return add
+
+
+class _ListOptions(TyperCommand):
+    """A command whose options of several values take them in a row: ``--betas 0.2 0.5 0.8``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each further value, as the parser wants it."""
+        lists = {
+            name for each in self.params if getattr(each, "multiple", False) for name in each.opts
+        }
+        repeated: list[str] = []
+        option = None
+        for arg in args:
+            if arg.startswith("-"):
+                option = arg if arg in lists else None
+            elif option is not None and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(arg)
+        return super().parse_args(ctx, repeated)
 
 
 @app.callback()
@@ -168,60 +243,20 @@ def amazon(
 
 
 @app.command()
+@_with_settings()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="Folder made by `prepare`.")],
+    dataset: DatasetFolder,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     model: Annotated[ModelName, typer.Option(help="Trivial predictors always join in.")] = "mimnet",
     beta: Annotated[float, typer.Option(help="Share of shared users to test on.")] = Config.beta,
     seed: Seed = Config.seed,
-    history_order: Annotated[
-        HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
-    ] = Config.history_order,
-    base: Annotated[
-        Base, typer.Option(help="Base models: as published, or on top of biases.")
-    ] = Config.base,
-    epochs: Annotated[int, typer.Option(help="Epochs of stage 2.")] = Config.epochs,
-    batch_size: Annotated[int, typer.Option(help="Batch of stage 2.")] = Config.batch_size,
-    base_epochs: Annotated[int, typer.Option(help="Epochs of stage 1.")] = Config.base_epochs,
-    base_batch_size: Annotated[
-        int, typer.Option(help="Batch of stage 1.")
-    ] = Config.base_batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = Config.learning_rate,
-    features: Annotated[int, typer.Option(help="Width of embeddings.")] = Config.features,
-    hidden: Annotated[int, typer.Option(help="Width of meta networks.")] = Config.hidden,
-    mapping: Annotated[
-        Mapping, typer.Option(help="Of users in EMCDR: one matrix, or an MLP.")
-    ] = Config.mapping,
-    interests: Annotated[int, typer.Option(help="Interests per user.")] = Config.interests,
-    iterations: Annotated[int, typer.Option(help="Routing passes.")] = Config.iterations,
-    prototypes: Annotated[int, typer.Option(help="Clusters of target items.")] = Config.prototypes,
-    backend: BackendOption = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, or add a model to it.")
-    ] = False,
+    resume: Resume = False,
     as_json: AsJson = False,
+    **settings: Any,
 ) -> None:
     """Train models on a dataset and measure them on cold-start users."""
-    if not resume and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: go on with --resume, or name a new folder")
-    config = Config(
-        beta=beta,
-        seed=seed,
-        history_order=history_order,
-        base=base,
-        learning_rate=learning_rate,
-        features=features,
-        base_epochs=base_epochs,
-        base_batch_size=base_batch_size,
-        epochs=epochs,
-        batch_size=batch_size,
-        hidden=hidden,
-        mapping=mapping,
-        interests=interests,
-        iterations=iterations,
-        prototypes=prototypes,
-        backend=backend,
-    )
+    _check_new(out, resume)
+    config = Config(beta=beta, seed=seed, **settings)
     names = list(MODELS) if model == "all" else [model]
     data = Dataset.load(dataset)
     with _progress() as progress:
@@ -231,6 +266,33 @@ def train(
         return
     Console().print(results.table(found, f"Cold-start users, beta {beta}, seed {seed}"))
     print(f"results in {out / 'results.md'} and {out / 'results.json'}")
+
+
+@app.command(cls=_ListOptions)
+@_with_settings()
+def compare(
+    dataset: DatasetFolder,
+    out: Out,
+    models: Annotated[
+        list[str], typer.Option(help=f"Of {', '.join(MODELS)}; all.", show_default="all")
+    ] = ["all"],  # noqa: B006
+    betas: Betas = [0.2, 0.5, 0.8],  # noqa: B006
+    seeds: Seeds = 5,
+    seed: FirstSeed = Config.seed,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Train models at several betas and seeds and compare them.
+
+    compare.{md,csv,json} and a plot in --out are brought up to date after every trained model.
+    """
+    names = list(MODELS) if models == ["all"] else models
+    if unknown := [name for name in names if name not in MODELS]:
+        raise UserError(f"models: got {unknown[0]!r}, need some of {', '.join(MODELS)}, or all")
+    variants = tuple(Variant(name, MODELS[name].title, name) for name in names)
+    plan = Plan("compare", variants, tuple(betas), tuple(range(seed, seed + seeds)))
+    _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
 
 
 @app.command()
@@ -257,6 +319,29 @@ def demo(
 def info(as_json: AsJson = False) -> None:
     """Tell what is installed and which kernels run."""
     raise typer.Exit(installation.main(["--json"] if as_json else []))
+
+
+def _check_new(out: Path, resume: bool) -> None:
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: go on with --resume, or name a new folder")
+
+
+def _run_grid(
+    dataset: Path, config: Config, plan: Plan, out: Path, resume: bool, as_json: bool
+) -> None:
+    _check_new(out, resume)
+    if not reports.PLOTS:
+        _messages.print("no plots: pip install 'mimnet-fast[plots]'", markup=False)
+    data = Dataset.load(dataset)
+    with _progress() as progress:
+        found = run_grid(data, config, plan, out, progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in reports.tables(found):
+        Console().print(table)
+    print("\n".join(reports.legend(found)))
+    print(f"tables in {out / plan.table}.md, .csv and .json")
 
 
 def _progress(*amount: ProgressColumn) -> Progress:

@@ -49,6 +49,7 @@ from mimnet_fast.cdr.training import (
     seeded_generator,
     seeded_module,
     squared_error,
+    stored_predictions,
 )
 
 PhaseName = Literal["selection", "final"]
@@ -106,7 +107,7 @@ def run(
     summary = {**results.header(dataset, config, data), "models": found}
     for name in models:
         spec = MODELS[name]
-        if spec.build is None and spec.base == "target":
+        if _is_target_model(name):
             curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
         else:
             curves = _train(name, stage1, folder)
@@ -118,6 +119,12 @@ def run(
         }
         results.write(folder, summary)
     return summary
+
+
+def final_predictions(folder: Path, name: str) -> Tensor:
+    """What a model of a finished run predicted for the test ratings, ``[epochs, ratings]``."""
+    stem = "target" if _is_target_model(name) else name
+    return stored_predictions(folder / "final" / f"{stem}.safetensors")
 
 
 class BaseModels:
@@ -225,6 +232,10 @@ class BaseModels:
             )
             self._trained[name] = model, curve
         return self._trained[name]
+
+
+def _is_target_model(name: str) -> bool:
+    return MODELS[name].build is None and MODELS[name].base == "target"
 
 
 class _Job(NamedTuple):

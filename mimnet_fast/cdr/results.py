@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +29,11 @@ SELECTIONS = {
 
 def header(dataset: Dataset, config: Config, data: Split) -> dict[str, Any]:
     """Everything in `results.json` but the models."""
-    packages = ("torch", "numpy", "polars", "scikit-learn", "safetensors")
     return {
         "format": "mimnet_fast.results",
         "format_version": 1,
         "dataset": {
-            "fingerprint": dataset.fingerprint,
-            "source": dataset.info["source"]["file"],
-            "target": dataset.info["target"]["file"],
-            "overlap_users": dataset.num_overlap,
+            **describe(dataset),
             "test_users": len(data.final.evaluation.users.unique()),
             "test_ratings": len(data.final.evaluation),
             "validation_ratings": len(data.selection.evaluation),
@@ -45,6 +41,24 @@ def header(dataset: Dataset, config: Config, data: Split) -> dict[str, Any]:
         },
         "config": asdict(config),
         "selections": SELECTIONS,
+        **environment(),
+    }
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Which dataset it is."""
+    return {
+        "fingerprint": dataset.fingerprint,
+        "source": dataset.info["source"]["file"],
+        "target": dataset.info["target"]["file"],
+        "overlap_users": dataset.num_overlap,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What computed the results."""
+    packages = ("torch", "numpy", "polars", "scikit-learn", "scipy", "safetensors")
+    return {
         "versions": {
             "mimnet_fast": mimnet_fast.__version__,
             "python": platform.python_version(),
@@ -109,12 +123,30 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 def table(results: dict[str, Any], title: str) -> Table:
     """The results for the terminal."""
-    shown = Table(title=title, caption=_LEGEND, title_justify="left", caption_justify="left")
-    for number, column in enumerate(_COLUMNS):
+    return screen_table(_COLUMNS, _rows(results), title=title, caption=_LEGEND)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is of words and the others of numbers."""
+    alignment = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows)]
+
+
+def screen_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str, caption: str
+) -> Table:
+    """The same for the terminal."""
+    shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left")
-    for row in _rows(results):
+    for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def listed(values: dict[str, Any]) -> str:
+    """Names and values in one line."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 _LEGEND = "@n: at epoch n"
@@ -141,9 +173,7 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
 
 def _markdown(results: dict[str, Any]) -> str:
     data, config = results["dataset"], results["config"]
-    line: Callable[[list[str]], str] = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
-    settings = ", ".join(f"{name} {value}" for name, value in config.items())
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    settings, versions = listed(config), listed(results["versions"])
     return "\n".join(
         [
             f"# {data['source']} -> {data['target']}, beta {config['beta']}, seed {config['seed']}",
@@ -151,9 +181,7 @@ def _markdown(results: dict[str, Any]) -> str:
             f"{data['test_ratings']} ratings by {data['test_users']} cold-start test users, "
             f"of {data['overlap_users']} users of both domains.",
             "",
-            line(list(_COLUMNS)),
-            line(["---", *["---:"] * (len(_COLUMNS) - 1)]),
-            *(line(row) for row in _rows(results)),
+            *markdown_table(_COLUMNS, _rows(results)),
             "",
             f"- {_LEGEND}",
             *(f"- {name}: {meaning}" for name, meaning in results["selections"].items()),

@@ -76,6 +76,45 @@ def test_mistakes_are_told_without_a_traceback(
     assert result.stdout == ""
 
 
+def test_compare_takes_lists_in_a_row(prepared: Path, tmp_path: Path) -> None:
+    quick = ["--base-epochs", "1", "--epochs", "1", "--prototypes", "5", "--backend", "reference"]
+    arguments = ["compare", prepared, "--out", tmp_path, "--models", "tgt", "mimnet", *quick]
+    arguments += ["--betas", "0.25", "0.5", "--seeds", "2"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert all(f"beta {beta}" in result.stdout for beta in (0.25, 0.5))
+    assert "*: differs from MIMNet" in result.stdout
+    assert f"tables in {tmp_path / 'compare'}.md" in result.stdout
+    cells = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("beta-*/seed-*")}
+    assert cells == {f"beta-{beta}/seed-{seed}" for beta in (0.25, 0.5) for seed in (2020, 2021)}
+
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "is not empty: go on with --resume" in refused.stderr
+    again = invoke(*arguments, "--betas", "0.25", "--resume", "--json")
+    assert again.exit_code == 2
+    assert "betas: got 0.25 0.5 0.25" in again.stderr
+    again = invoke(*arguments, "--resume", "--json")
+    assert json.loads(again.stdout) == json.loads((tmp_path / "compare.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "tgt", "mimnut"], "models: got 'mimnut', need some of mimnet"),
+        (["--models", "all", "tgt"], "models: got 'all'"),
+        (["--models", "tgt", "--betas", "0.2", "1"], "beta: got 1.0"),
+    ],
+)
+def test_mistakes_in_a_comparison(
+    prepared: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    quick = ["--base-epochs", "1", "--backend", "reference"]
+    result = invoke("compare", prepared, "--out", tmp_path, *arguments, *quick)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = invoke("--debug", "train", tmp_path, "--out", tmp_path / "run")
     assert type(result.exception).__name__ == "UserError"
