@@ -43,6 +43,7 @@ from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import MODELS
 from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
+from mimnet_fast.cdr.studies import SWEPT, sweep_variants
 from mimnet_fast.cdr.synthetic import Synthetic
 
 CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
@@ -76,6 +77,7 @@ Out = Annotated[Path, typer.Option(help="Folder of all runs and tables.")]
 Betas = Annotated[list[float], typer.Option(help="Shares of shared users to test on.")]
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: --seed and those after it.")]
 FirstSeed = Annotated[int, typer.Option(help="First seed: decides the split and all random.")]
+Swept = Annotated[list[int], typer.Option(help="Values, or the one for all runs.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what is in --out, or add something to it.")
 ]
@@ -293,6 +295,40 @@ def compare(
     variants = tuple(Variant(name, MODELS[name].title, name) for name in names)
     plan = Plan("compare", variants, tuple(betas), tuple(range(seed, seed + seeds)))
     _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
+
+
+@app.command(cls=_ListOptions)
+@_with_settings(but=SWEPT)
+def sweep(
+    dataset: DatasetFolder,
+    out: Out,
+    interests: Swept = [Config.interests],  # noqa: B006
+    iterations: Swept = [Config.iterations],  # noqa: B006
+    prototypes: Swept = [Config.prototypes],  # noqa: B006
+    full: Annotated[
+        bool, typer.Option("--full", help="All combinations, not one setting at a time.")
+    ] = False,
+    betas: Betas = [Config.beta],  # noqa: B006
+    seeds: Seeds = 5,
+    seed: FirstSeed = Config.seed,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Train MIMNet at other numbers of interests, routing passes and prototypes.
+
+    An option with one value sets it, one with several is swept while the others stay at their value
+    (the published one, where they are swept too). sweep.{md,csv,json} and a plot in --out are
+    brought up to date after every trained model.
+    """
+    given = dict(zip(SWEPT, (interests, iterations, prototypes), strict=True))
+    centre: dict[str, Any] = {
+        k: v[0] if len(v) == 1 else getattr(Config, k) for k, v in given.items()
+    }
+    values = {name: listed for name, listed in given.items() if len(listed) > 1}
+    variants = sweep_variants(centre, values, full=full)
+    plan = Plan("sweep", variants, tuple(betas), tuple(range(seed, seed + seeds)), swept=(*values,))
+    _run_grid(dataset, Config(**centre, **settings), plan, out, resume, as_json)
 
 
 @app.command()

@@ -66,6 +66,8 @@ class Plan:
     seeds: tuple[int, ...]
     reference: str = "mimnet"
     """The variant that the others are tested against, if it is among them."""
+    swept: tuple[str, ...] = ()
+    """Settings to draw curves over."""
 
     def __post_init__(self) -> None:
         names = tuple(variant.name for variant in self.variants)
@@ -120,6 +122,7 @@ def run_grid(
                     "dataset": results.describe(dataset),
                     "config": settings,
                     "reference": plan.reference,
+                    "swept": plan.swept,
                     "seeds": plan.seeds,
                     "cells": total,
                     "finished_cells": finished,

@@ -13,7 +13,13 @@ from mimnet_fast.cdr.results import SELECTIONS
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Both errors of every row, beta by beta, with the standard deviation over seeds."""
+    """Both errors with their standard deviation over seeds: of every row, or over what is swept."""
+    figure = _curves(found) if found["swept"] else _points(found)
+    figure.savefig(path, format="png")
+
+
+def _points(found: dict[str, Any]) -> Figure:
+    """A line for each row, a column for each beta."""
     betas = list(dict.fromkeys(row["beta"] for row in found["rows"]))
     names = len({row["name"] for row in found["rows"]})
     figure = Figure(
@@ -27,7 +33,40 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axes.set(title=f"beta {beta}", xlabel=metric.upper())
     grid[0, 0].invert_yaxis()  # for all, as the axis is shared
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, format="png")
+    return figure
+
+
+def _curves(found: dict[str, Any]) -> Figure:
+    """A column for each swept setting, the other settings being the reference's."""
+    swept = found["swept"]
+    figure = Figure(figsize=(1 + 4 * len(swept), 7), layout="constrained", dpi=150)
+    grid = figure.subplots(len(Errors._fields), len(swept), squeeze=False, sharey="row")
+    models = [row for row in found["rows"] if not row["trivial"]]
+    centre = next(row["settings"] for row in models if row["name"] == found["reference"])
+    for line, metric in zip(grid, Errors._fields, strict=True):
+        for axes, name in zip(line, swept, strict=True):
+            others = {key: value for key, value in centre.items() if key != name}
+            on_curve = [row for row in models if others.items() <= row["settings"].items()]
+            for beta in dict.fromkeys(row["beta"] for row in on_curve):
+                rows = sorted(
+                    (row for row in on_curve if row["beta"] == beta),
+                    key=lambda row: row["settings"][name],
+                )
+                for selection in SELECTIONS:
+                    scores = [row[selection][metric] for row in rows]
+                    axes.errorbar(
+                        [row["settings"][name] for row in rows],
+                        [score["mean"] for score in scores],
+                        yerr=[score["std"] or 0.0 for score in scores],
+                        fmt="o-",
+                        markersize=4,
+                        capsize=2,
+                        label=f"{selection}, beta {beta}",
+                    )
+            axes.set(xlabel=name, ylabel=metric.upper())
+            axes.grid(alpha=0.3)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
 def _errors(axes: Axes, rows: list[dict[str, Any]], metric: str) -> None:

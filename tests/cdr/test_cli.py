@@ -98,6 +98,23 @@ def test_compare_takes_lists_in_a_row(prepared: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout) == json.loads((tmp_path / "compare.json").read_text())
 
 
+def test_sweep_of_one_setting(prepared: Path, tmp_path: Path) -> None:
+    arguments = ["sweep", prepared, "--out", tmp_path, "--seeds", "1", "--base-epochs", "1"]
+    arguments += ["--epochs", "1", "--backend", "reference", "--prototypes", "5"]
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert "nothing to sweep: give two values or more to one of --interests" in refused.stderr
+    result = invoke(*arguments, "--interests", "2", "7")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    swept = {row["name"]: row["settings"] for row in found["rows"] if not row["trivial"]}
+    assert {name: each["interests"] for name, each in swept.items()} == {
+        "mimnet": 7,
+        "interests-2": 2,
+    }
+    assert all(each["prototypes"] == 5 for each in swept.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

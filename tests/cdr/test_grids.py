@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import MODELS, TRIVIAL
 from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.significance import Cell, paired_p, summarize
+from mimnet_fast.cdr.studies import sweep_variants
 
 QUIET = Progress(disable=True)
 CONFIG = Config(
@@ -370,3 +372,43 @@ def test_peak_memory_is_that_of_the_block(tmp_path: Path) -> None:
     assert large - before > 190e6
     assert large - after > 190e6
     assert costs.read(tmp_path)["work"]["seconds"] < 1
+
+
+def test_a_sweep_varies_one_setting_at_a_time_or_all() -> None:
+    centre = {"interests": 7, "iterations": 3, "prototypes": 6}
+    values = {"interests": [1, 7], "iterations": [2, 3]}
+    one = sweep_variants(centre, values, full=False)
+    assert [dict(v.changes) for v in one] == [{}, {"interests": 1}, {"iterations": 2}]
+    assert one[0].title == "MIMNet: interests 7, iterations 3"
+    full = sweep_variants(centre, values, full=True)
+    assert [v.name for v in full] == [
+        "mimnet",
+        "interests-1-iterations-2",
+        "interests-1",
+        "iterations-2",
+    ]
+    for given, message in (({}, "nothing to sweep"), ({"interests": [0, 1]}, "interests: got 0")):
+        with pytest.raises(UserError, match=message):
+            sweep_variants(centre, given, full=False)
+
+
+def test_swept_cells_are_runs_on_shared_base_models(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    centre = {"interests": 7, "iterations": 3, "prototypes": 6}
+    variants = sweep_variants(centre, {"interests": [2], "prototypes": [3]}, full=False)
+    monkeypatch.setattr(reports, "PLOTS", find_spec("matplotlib") is not None)
+    swept = Plan("sweep", variants, (0.25,), (2,), swept=("interests", "prototypes"))
+    found = run_grid(dataset, CONFIG, swept, tmp_path / "sweep", QUIET)
+    assert (tmp_path / "sweep" / "sweep.png").exists() == reports.PLOTS
+    assert len(list((tmp_path / "sweep").glob("**/source.safetensors"))) == 1
+    rows = {row["name"]: row for row in found["rows"]}
+    for name, changes in (("mimnet", {}), ("interests-2", {"interests": 2})):
+        config = Config(**{**vars(CONFIG), "beta": 0.25, "seed": 2, **changes})
+        alone = run(dataset, config, ["mimnet"], tmp_path / name, QUIET)["models"]["mimnet"]
+        assert rows[name]["honest"]["mae"]["values"] == [alone["honest"]["mae"]]
+        assert rows[name]["settings"] == alone["settings"]
+    assert rows["prototypes-3"]["settings"]["prototypes"] == 3
+    assert (
+        rows["prototypes-3"]["honest"]["mae"]["values"] != rows["mimnet"]["honest"]["mae"]["values"]
+    )
