@@ -1,8 +1,8 @@
 """Cross-domain rating prediction for cold-start users, from raw files to a table of errors.
 
-Data flows one way: `readers` and `dataset` (raw files to a prepared folder), `protocol` (who is
-tested on what), `models`, `training` (one model), `experiment` (all of a run), `results`; `grids`
-(many runs), `significance`, `reports`.
+Data flows one way: `download` (public files), `readers`, `cleaning` and `dataset` (raw files to a
+prepared folder), `protocol` (who is tested on what), `models`, `training` (one model), `experiment`
+(all of a run), `results`; `grids` (many runs), `significance`, `reports`.
 """
 
 from importlib.util import find_spec

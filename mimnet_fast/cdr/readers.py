@@ -233,11 +233,11 @@ def _text(path: Path, format: Format, file: BinaryIO) -> tuple[_Layout, Iterator
     separator = "\t" if format == "recbole" else _SEPARATORS.get(_suffix(path), ",")
     first = 1
     if format == "amazon":
-        layout = _amazon_ratings(path, block)
+        layout = _amazon_ratings(block, separator)
     else:
         header, _, block = block.partition(b"\n")
         first = 2
-        names = _fields(path, header, separator)
+        names = _fields(header, separator)
         layout = _recbole(path, names) if format == "recbole" else _table(path, names)
     lines = _lines(file, block, first)
     return layout, (_parsed_fields(rows, layout, separator) for rows in lines)
@@ -258,16 +258,13 @@ def _detect(path: Path, block: bytes) -> Format:
             f"{path}: unknown kind of file: name it .parquet or "
             f"{', '.join(_SUFFIXES)} (also .gz), or tell with --format"
         )
-    fields = _fields(path, block.partition(b"\n")[0], _SEPARATORS[suffix])
+    fields = _fields(block.partition(b"\n")[0], _SEPARATORS[suffix])
     is_rating = len(fields) == len(_COLUMNS) and all(map(_is_number, fields[2:]))
     return "amazon" if is_rating else "csv"
 
 
-def _fields(path: Path, line: bytes, separator: str) -> list[str]:
-    try:
-        text = line.decode().rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line 1: not UTF-8 text") from error
+def _fields(line: bytes, separator: str) -> list[str]:
+    text = line.decode(errors="replace").rstrip("\r")
     return next(csv.reader([text], delimiter=separator), [])
 
 
@@ -305,9 +302,9 @@ def _recbole(path: Path, names: list[str]) -> _Layout:
     return _Layout("RecBole atomic file", tuple(types), {name: name for name in types})
 
 
-def _amazon_ratings(path: Path, block: bytes) -> _Layout:
+def _amazon_ratings(block: bytes, separator: str) -> _Layout:
     """The column that holds ten characters in every row is the item; else it is the second."""
-    fields = (_fields(path, line, ",") for line in block.splitlines()[:1000])
+    fields = (_fields(line, separator) for line in block.splitlines()[:1000])
     heads = [row[:2] for row in fields if len(row) == len(_COLUMNS)]
     first, second = (all(len(row[k]) == _ASIN_LENGTH for row in heads) for k in (0, 1))
     if first and not second:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from bench.prepare import NAMES, write
 from mimnet_fast.cdr.dataset import Dataset, prepare
 from mimnet_fast.cdr.errors import UserError
 
@@ -124,6 +126,19 @@ def test_what_a_killed_run_left_is_no_hindrance(tmp_path: Path) -> None:
     prepare(*paths)
     assert not (paths[2] / "old.parquet").exists()
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_every_format_gives_the_same_tables(tmp_path: Path) -> None:
+    tables = []
+    for format in NAMES:
+        (tmp_path / format).mkdir()
+        source, target = write(tmp_path / format, format, 20_000)
+        zipped = target.with_name(f"{target.name}.gz")
+        zipped.write_bytes(gzip.compress(target.read_bytes()))
+        info = prepare(source, zipped, tmp_path / format / "out", min_item_ratings=2)
+        assert 0 < info["source"]["ratings"] < info["source"]["rows"] == 14_000
+        tables.append(info["tables"])
+    assert tables[0] == tables[1] == tables[2]
 
 
 def test_same_ratings_give_the_same_fingerprint(tmp_path: Path, prepared: Path) -> None:
