@@ -36,6 +36,8 @@ class Server:
     wrong_part: bool = False
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     """Path and range of each request."""
+    answered: list[int] = field(default_factory=list)
+    """Status codes."""
 
 
 @pytest.fixture
@@ -71,6 +73,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             self.end_headers()
             end = first + state.break_after.pop(0) if state.break_after else total
             self.wfile.write(state.content[first:end])
+
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            state.answered.append(int(code))
 
         def log_message(self, *args: object) -> None:
             pass
@@ -181,6 +186,7 @@ def test_modification_time_serves_where_there_is_no_strong_tag(
     server.break_after = [5]
     download(f"{server.address}/r.csv", tmp_path)
     assert server.asked[1] == ("/r.csv", "bytes=5-")
+    assert server.answered == [200, 206]
 
 
 def test_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:

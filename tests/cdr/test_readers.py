@@ -244,6 +244,13 @@ def test_malformed_row_stops_or_is_listed(
     assert table.skipped.select("line", "text").rows() == [(3, row.replace("\xff", "\\xff"))]
 
 
+def test_first_malformed_row_is_the_one_that_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.csv", GOOD + "1,a,good\n1,a\n")
+    with pytest.raises(UserError, match=r"line 4: rating 'good' is not a number"):
+        read_ratings(path)
+    assert read_ratings(path, on_error="skip").skipped["line"].to_list() == [4, 5]
+
+
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize(
     ("columns", "message"),
