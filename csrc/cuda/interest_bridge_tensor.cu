@@ -564,8 +564,8 @@ bridge_tensor_source_grad(TensorLaunch args) {
 
 // Hidden units and s of a block that makes the gradient of w2: it has them in registers for a
 // panel.
-template <int D>
-constexpr int kW2Slice = D == 128 ? 16 : 32;
+template <int D, int P>
+constexpr int kW2Slice = D < (P == 3 ? 64 : 128) ? 32 : 16;
 template <int D, int P>
 constexpr int kW2Sources = P == 3 && D == 128 ? 64 : D;
 
@@ -573,7 +573,7 @@ constexpr int kW2Sources = P == 3 && D == 128 ? 64 : D;
 template <int D, int P, int U>
 MIMNET_FAST_KERNEL(kThreads, 1)
 bridge_tensor_w2_grad(TensorLaunch args) {
-  constexpr int S = kW2Slice<D>, kTargets = kPanel / kWarps, kSources = kW2Sources<D, P>;
+  constexpr int S = kW2Slice<D, P>, kTargets = kPanel / kWarps, kSources = kW2Sources<D, P>;
   Arena arena(shared_memory());
   const Memory<D, P, U, S> memory(arena);
   const int64_t split = block_index() % args.splits, panel = block_index() / args.splits;
@@ -593,7 +593,7 @@ bridge_tensor_w2_grad(TensorLaunch args) {
 #pragma unroll
     for (int target = 0; target < kTargets; ++target) {
       const int first_row = (warp_index() * kTargets + target) * (U + 1);
-#pragma unroll(P == 3 ? 1 : U / 16)
+#pragma unroll(P == 1 ? U / 16 : 1)
       for (int user = 0; user < U; user += 16) {
         uint32_t b[S / 8][P][2];
 #pragma unroll
@@ -779,13 +779,13 @@ void backward(const BridgeLaunch& call, const BridgeRows& rows, const View& grad
   if (grad_w2) {
     with_users<D, P>(call.users, [&](auto u) {
       constexpr int users = std::min<int>(u, 32);
-      const int64_t blocks = D / kPanel * (D / kW2Sources<D, P>)*tiles_of(units, kW2Slice<D>);
+      const int64_t blocks = D / kPanel * (D / kW2Sources<D, P>)*tiles_of(units, kW2Slice<D, P>);
       args.splits = splits_for(blocks, std::max<int64_t>(1, call.users / (4 * users)));
       args.partial = floats(stream, int64_t(args.splits) * D * D * units);
       sums[sum_count++] = {args.partial, args.splits, D * D, units,
                            matrix_view(grad_w2.data, grad_w2.dtype, units)};
       launch(bridge_tensor_w2_grad<D, P, users>, blocks * args.splits, kThreads,
-             Memory<D, P, users, kW2Slice<D>>::bytes(), stream, args);
+             Memory<D, P, users, kW2Slice<D, P>>::bytes(), stream, args);
     });
   }
   add_parts(stream, sums, sum_count);

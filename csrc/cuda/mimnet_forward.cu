@@ -104,7 +104,7 @@ MIMNET_FAST_DEVICE void load_source(const MIMNetLaunch& args, const BridgeBlock<
 }
 
 template <int D, int U>
-MIMNET_FAST_KERNEL(kThreads, 4)
+MIMNET_FAST_KERNEL(kThreads, 3)
 mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const RoutingPlan& p = args.routing;
   const AttentionPlan& a = args.attention;
@@ -162,9 +162,8 @@ mimnet_narrow_forward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   }
 }
 
-// Where the width is not known in advance, addresses take more registers.
 template <int D, int U>
-MIMNET_FAST_KERNEL(kThreads, D > 0 ? 4 : 3)
+MIMNET_FAST_KERNEL(kThreads, 3)
 mimnet_narrow_backward(MIMNET_FAST_ARGUMENTS MIMNetLaunch args) {
   const RoutingPlan& p = args.routing;
   const AttentionPlan& a = args.attention;
