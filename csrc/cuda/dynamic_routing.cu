@@ -234,7 +234,10 @@ route_users_tensor(RoutingLaunch args) {
   const View& x = args.inputs;
   float* coupling = static_cast<float*>(args.coupling.data);
   float* pooled = static_cast<float*>(args.pooled.data);
-  for (int64_t b = block_index() * p.users + warp; b < x.size[0]; b += grid_blocks() * p.users) {
+  // An int, as there are no registers left for more: 2^31 results of a user fit no memory.
+  const int first = int(block_index()) * p.users + warp;
+  for (int b = first; b < x.size[0]; b += int(grid_blocks()) * p.users) {
+    const int64_t row = int64_t(b) * p.capsules;
     RoutedUser<R, N> user;
     route_user(
         p, weight, s, b, user,
@@ -242,9 +245,7 @@ route_users_tensor(RoutingLaunch args) {
           load_planes(s.inputs, x, b * x.stride[0] + start * x.stride[1], count, padded, D,
                       x.stride[1], x.stride[2], thread_index() % kWarp, kWarp);
         },
-        [&](int l, int k, float value) {
-          store(coupling + (b * p.capsules + k) * p.length + l, value);
-        });
+        [&](int l, int k, float value) { store(coupling + (row + k) * p.length + l, value); });
     if (args.final_squash) {
       float norm2[N][2];
       dot_columns(user.capsules, user.capsules, norm2);
@@ -254,16 +255,16 @@ route_users_tensor(RoutingLaunch args) {
     for_each_element<R, N>([&](int m, int n, int i) {
       const int k = 8 * n + state_column(i);
       if (k >= p.capsules) return;
-      const int64_t place = (b * p.capsules + k) * D + 16 * m + state_row(i);
+      const int64_t place = (row + k) * D + 16 * m + state_row(i);
       store(pooled + place, user.pooled[m][n][i]);
       write_as<P>(args.out, place, user.capsules[m][n][i]);
     });
     if (p.axis == SoftmaxAxis::capsules) continue;
-    for (int row = 0; row < p.length; row += 16) {
+    for (int tile = 0; tile < p.length; tile += 16) {
       for_each_element<1, N>([&](int, int n, int i) {
-        const int l = row + state_row(i), k = 8 * n + state_column(i);
+        const int l = tile + state_row(i), k = 8 * n + state_column(i);
         if (l >= p.length || k >= p.capsules) return;
-        float* place = coupling + (b * p.capsules + k) * p.length + l;
+        float* place = coupling + (row + k) * p.length + l;
         store(place, exponential(load(place) - user.top[n][i % 2]) *
                          coupling_scale(user.sum[n][i % 2], s.options.present[k]));
       });
