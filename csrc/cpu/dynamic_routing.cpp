@@ -73,12 +73,11 @@ template <class T>
 void apply_routing_weight(const RoutingPlan<T>& p, Vec<T>* capsules, const Vec<T>* pooled) {
   const int64_t k = p.capsules, d_in = p.d_in, d = p.d;
   if (p.kind == RoutingWeight::shared) {
-    multiply<T>({capsules, d, 1}, {pooled, d_in, 1}, SharedMatrix<T>(p.weight, d, 1), k, d, d_in,
-                false);
+    multiply<T>({capsules, d, 1}, {pooled, d_in, 1}, p.weight->at(0, 0), k, d, d_in, false);
   } else if (p.kind == RoutingWeight::per_capsule) {
     for (int64_t i = 0; i < k; ++i) {
-      multiply<T>({capsules + i * d, d, 1}, {pooled + i * d_in, d_in, 1},
-                  SharedMatrix<T>(p.weight + i * d_in * d, d, 1), 1, d, d_in, false);
+      multiply<T>({capsules + i * d, d, 1}, {pooled + i * d_in, d_in, 1}, p.weight->at(0, i), 1, d,
+                  d_in, false);
     }
   } else {
     for (int64_t i = 0; i < k * d; ++i) capsules[i] = pooled[i];
@@ -90,12 +89,12 @@ void apply_routing_weight_transposed(const RoutingPlan<T>& p, Vec<T>* pooled_gra
                                      const Vec<T>* capsule_grad) {
   const int64_t k = p.capsules, d_in = p.d_in, d = p.d;
   if (p.kind == RoutingWeight::shared) {
-    multiply<T>({pooled_grad, d_in, 1}, {capsule_grad, d, 1}, SharedMatrix<T>(p.weight, 1, d), k,
-                d_in, d, false);
+    multiply<T>({pooled_grad, d_in, 1}, {capsule_grad, d, 1}, p.weight->transposed(0, 0), k, d_in,
+                d, false);
   } else if (p.kind == RoutingWeight::per_capsule) {
     for (int64_t i = 0; i < k; ++i) {
       multiply<T>({pooled_grad + i * d_in, d_in, 1}, {capsule_grad + i * d, d, 1},
-                  SharedMatrix<T>(p.weight + i * d_in * d, 1, d), 1, d_in, d, false);
+                  p.weight->transposed(0, i), 1, d_in, d, false);
     }
   } else {
     for (int64_t i = 0; i < k * d; ++i) pooled_grad[i] = capsule_grad[i];
@@ -294,7 +293,8 @@ struct Users {
 
 // The plan of all users: as long as their longest history.
 template <class T>
-RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight, const Histories& histories) {
+RoutingPlan<T> make_plan(const RoutingArgs& args, const RoutingMatrices<T>& weight,
+                         const Histories& histories) {
   const View& x = args.inputs;
   RoutingPlan<T> p{};
   p.length = histories ? histories.positions() : x.size[x.dims - 2];
@@ -305,7 +305,7 @@ RoutingPlan<T> make_plan(const RoutingArgs& args, const T* weight, const Histori
                                      RoutingWeight::per_position};
   p.kind = args.weight ? kinds[args.weight.dims - 2]
                        : (x.dims == 4 ? RoutingWeight::none_per_capsule : RoutingWeight::none);
-  p.weight = weight;
+  p.weight = args.weight ? &weight : nullptr;
   p.iterations = args.iterations;
   p.axis = args.axis;
   p.padding = args.padding;
@@ -375,23 +375,23 @@ template <class T>
 void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
   const int64_t k = p.capsules, d_in = p.d_in, d = p.d;
   if (p.kind == RoutingWeight::shared) {
-    return multiply<T>({votes, d, 1}, {inputs, d_in, 1}, SharedMatrix<T>(p.weight, d, 1), p.length,
-                       d, d_in, false);
+    return multiply<T>({votes, d, 1}, {inputs, d_in, 1}, p.weight->at(0, 0), p.length, d, d_in,
+                       false);
   }
   for (int64_t l = 0; l < p.length; ++l) {
     for (int64_t i = 0; i < k; ++i) {
       multiply<T>({votes + (i * p.length + l) * d, d, 1}, {inputs + l * d_in, d_in, 1},
-                  SharedMatrix<T>(p.weight + (l * k + i) * d_in * d, d, 1), 1, d, d_in, false);
+                  p.weight->at(l, i), 1, d, d_in, false);
     }
   }
 }
 
 template <class T>
 void forward(const RoutingArgs& args) {
-  const Parameter<T> weight(args.weight);
+  const RoutingMatrices<T> weight(args.weight);
   const Users<T> users(args);
   const Histories& histories = users.histories;
-  const RoutingPlan<T> whole = make_plan(args, weight.get(), histories);
+  const RoutingPlan<T> whole = make_plan(args, weight, histories);
   const bool of_votes = routes_votes(whole);
   if (whole.kind == RoutingWeight::per_position && !of_votes) return route_positions(args, whole);
   const bool pools_inputs = of_votes && whole.kind == RoutingWeight::shared;
@@ -530,8 +530,8 @@ void full_backward(const RoutingArgs& args, const Users<T>& users, const Routing
       traced_input_gradient(routed, routed_grad, s, trace);
       if (of_votes) {
         save(inputs, routed_grad, group);
-        multiply<T>({input_grad, p.d_in, 1}, {routed_grad, p.d, 1},
-                    SharedMatrix<T>(p.weight, 1, p.d), p.length, p.d_in, p.d, false);
+        multiply<T>({input_grad, p.d_in, 1}, {routed_grad, p.d, 1}, p.weight->transposed(0, 0),
+                    p.length, p.d_in, p.d, false);
       }
       if (args.grad_inputs) store_inputs(p, input_grad, args.grad_inputs, group, histories);
     }
@@ -598,9 +598,9 @@ void last_backward(const RoutingArgs& args, const Users<T>& users, const Routing
 
 template <class T>
 void backward(const RoutingArgs& args) {
-  const Parameter<T> weight(args.weight);
+  const RoutingMatrices<T> weight(args.weight);
   const Users<T> users(args);
-  const RoutingPlan<T> p = make_plan(args, weight.get(), users.histories);
+  const RoutingPlan<T> p = make_plan(args, weight, users.histories);
   // Votes of a weight per capsule that are normalised have a gradient along each of them.
   const bool every_vote =
       p.kind == RoutingWeight::per_capsule && p.normalize_agreement && args.full_gradient;

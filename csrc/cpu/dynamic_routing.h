@@ -10,11 +10,45 @@ namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 
 enum class RoutingWeight { none, none_per_capsule, shared, per_capsule, per_position };
 
+// The D_in x D matrices of a routing weight. An element is loaded for all users of a group at once,
+// so they are read where they stand, whatever their strides; only other types are converted.
+template <class T>
+class RoutingMatrices {
+ public:
+  explicit RoutingMatrices(const View& weight) {
+    if (!weight) return;
+    View view = weight;
+    if (weight.dtype != LaneTypes<T>::dtype) {
+      converted_.reset(weight);
+      data_ = converted_.get();
+      for (int64_t d = weight.dims - 1, step = 1; d >= 0; step *= weight.size[d--]) {
+        view.stride[d] = step;
+      }
+    } else {
+      data_ = static_cast<const T*>(weight.data);
+    }
+    column_ = view.stride[view.dims - 1];
+    row_ = view.stride[view.dims - 2];
+    if (view.dims > 2) capsule_ = view.stride[view.dims - 3];
+    if (view.dims > 3) position_ = view.stride[0];
+  }
+
+  SharedMatrix<T> at(int64_t l, int64_t k) const { return {matrix(l, k), row_, column_}; }
+  SharedMatrix<T> transposed(int64_t l, int64_t k) const { return {matrix(l, k), column_, row_}; }
+
+ private:
+  const T* matrix(int64_t l, int64_t k) const { return data_ + l * position_ + k * capsule_; }
+
+  Parameter<T> converted_;
+  const T* data_ = nullptr;
+  int64_t position_ = 0, capsule_ = 0, row_ = 0, column_ = 0;  // 0: one matrix for all
+};
+
 template <class T>
 struct RoutingPlan {
   int64_t length, capsules, d_in, d;
   RoutingWeight kind;
-  const T* weight;
+  const RoutingMatrices<T>* weight;  // null without one
   int64_t iterations;
   SoftmaxAxis axis;
   Padding padding;

@@ -18,8 +18,7 @@ void find_norms(const RoutingPlan<T>& p, const RoutingState<T>& s) {
       const int64_t rows = length - l < kTileM ? length - l : kTileM;
       const Vec<T>* votes = inputs + l * d_in;
       if (p.kind == RoutingWeight::per_capsule) {
-        multiply<T>({s.votes, d, 1}, {votes, d_in, 1},
-                    SharedMatrix<T>(p.weight + k * d_in * d, d, 1), rows, d, d_in, false);
+        multiply<T>({s.votes, d, 1}, {votes, d_in, 1}, p.weight->at(0, k), rows, d, d_in, false);
         votes = s.votes;
       }
       for (int64_t i = 0; i < rows; ++i) norms[l + i] = inverse_norm<T>(votes + i * d, d);

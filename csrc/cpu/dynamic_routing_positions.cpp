@@ -82,11 +82,6 @@ class PositionRouting {
     return blocks_.group(g / blocks_.per_block, g % blocks_.per_block);
   }
 
-  const T* weight(int64_t l, int64_t k) const {
-    return p_.weight +
-           ((p_.kind == RoutingWeight::per_position ? l * p_.capsules : 0) + k) * p_.d_in * p_.d;
-  }
-
   Vec<T>* coefficients(int64_t term, int64_t g) const {
     return coefficients_.get() + (term * blocks_.groups + g) * kl_;
   }
@@ -154,8 +149,8 @@ class PositionRouting {
   void form_votes(Vec<T>* votes, const Vec<T>* inputs, int64_t groups, int64_t l, int64_t first,
                   int64_t last) const {
     for (int64_t k = first; k < last; ++k) {
-      multiply<T>({votes + k * p_.d, kd_, 1}, {inputs, p_.d_in, 1},
-                  SharedMatrix<T>(weight(l, k), p_.d, 1), groups, p_.d, p_.d_in, false);
+      multiply<T>({votes + k * p_.d, kd_, 1}, {inputs, p_.d_in, 1}, p_.weight->at(l, k), groups,
+                  p_.d, p_.d_in, false);
     }
   }
 
@@ -386,8 +381,8 @@ class PositionRouting {
                         vote_gradient(vote_grad + i * d, first_of(block) + i, l, k,
                                       votes + i * kd_);
                       }
-                      multiply<T>({grad, d_in, 1}, {vote_grad, d, 1},
-                                  SharedMatrix<T>(weight(l, k), 1, d), size, d_in, d, k > 0);
+                      multiply<T>({grad, d_in, 1}, {vote_grad, d, 1}, p_.weight->transposed(l, k),
+                                  size, d_in, d, k > 0);
                     }
                     for (int64_t i = 0; i < size; ++i) {
                       store_rows<T>(grad + i * d_in, args_.grad_inputs, blocks_.group(block, i), l);

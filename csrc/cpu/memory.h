@@ -152,13 +152,14 @@ class Parameter {
     T* out = copy_.get();
     with_storage(view.dtype, [&](auto storage) {
       using S = decltype(storage);
-      const S* in = static_cast<const S*>(view.data);
+      const int last = view.dims - 1;
+      const int64_t columns = view.size[last], stride = view.stride[last];
       int64_t index[kMaxDims] = {};
-      for (int64_t n = 0; n < count; ++n) {
-        int64_t offset = 0;
-        for (int d = 0; d < view.dims; ++d) offset += index[d] * view.stride[d];
-        out[n] = widen<T>(in[offset]);
-        for (int d = view.dims - 1; d >= 0 && ++index[d] == view.size[d]; --d) index[d] = 0;
+      for (int64_t n = 0; n < count; n += columns) {
+        const S* in = static_cast<const S*>(view.data);
+        for (int d = 0; d < last; ++d) in += index[d] * view.stride[d];
+        for (int64_t j = 0; j < columns; ++j) out[n + j] = widen<T>(in[j * stride]);
+        for (int d = last - 1; d >= 0 && ++index[d] == view.size[d]; --d) index[d] = 0;
       }
     });
   }

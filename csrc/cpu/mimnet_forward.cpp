@@ -18,7 +18,7 @@ bool is_jagged(const MIMNetArgs& args) {
 template <class T>
 struct Plan {
   int64_t batch, k, d;
-  Parameter<T> routing_weight;
+  RoutingMatrices<T> routing_weight;
   RoutingPlan<T> routing;
   BridgePlan<T> bridge;
   FusionPlan<T> fusion;
@@ -41,7 +41,7 @@ struct Plan {
     routing.d_in = d;
     routing.d = d;
     routing.kind = RoutingWeight::shared;
-    routing.weight = routing_weight.get();
+    routing.weight = &routing_weight;
     routing.iterations = args.iterations;
     routing.axis = SoftmaxAxis::capsules;
     routing.padding = args.padding;
