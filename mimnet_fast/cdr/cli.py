@@ -48,7 +48,9 @@ from mimnet_fast.cdr.synthetic import Synthetic
 
 CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
 Backend = Literal["auto", "native", "triton", "reference"]
-ModelName = Literal["mimnet", "mimnet-released", "ptupcdr", "emcdr", "cmf", "tgt", "all"]
+ModelName = Literal[
+    "mimnet", "mimnet-released", "ptupcdr", "remit", "emcdr", "sscdr", "lacdr", "cmf", "tgt", "all"
+]
 
 _messages = Console(stderr=True)
 
@@ -95,7 +97,7 @@ _SETTINGS: dict[str, Any] = {
     "learning_rate": Annotated[float, typer.Option(help="Of Adam.")],
     "features": Annotated[int, typer.Option(help="Width of embeddings.")],
     "hidden": Annotated[int, typer.Option(help="Width of meta networks.")],
-    "mapping": Annotated[Mapping, typer.Option(help="Of users in EMCDR: one matrix, or an MLP.")],
+    "mapping": Annotated[Mapping, typer.Option(help="Of users in EMCDR and SSCDR: one matrix, or an MLP.")],
     "interests": Annotated[int, typer.Option(help="Interests per user.")],
     "iterations": Annotated[int, typer.Option(help="Routing passes.")],
     "prototypes": Annotated[int, typer.Option(help="Clusters of target items.")],

@@ -37,7 +37,7 @@ class Config:
     hidden: int = 50
     """Hidden units of the meta networks."""
     mapping: Mapping = "linear"
-    """From source to target users in EMCDR: one matrix, or the MLP of its paper."""
+    """From source to target users in EMCDR and SSCDR: one matrix, or an MLP as in their papers."""
     interests: int = 7
     iterations: int = 3
     prototypes: int = 100

@@ -22,14 +22,17 @@ from mimnet_fast.cdr.models import (
     item_prototypes,
 )
 from mimnet_fast.cdr.models.emcdr import EMCDR
+from mimnet_fast.cdr.models.lacdr import LACDR
 from mimnet_fast.cdr.models.mimnet import MIMNet
 from mimnet_fast.cdr.models.mimnet_released import MIMNetReleased
+from mimnet_fast.cdr.models.remit import REMIT
+from mimnet_fast.cdr.models.sscdr import SSCDR
 from mimnet_fast.cdr.protocol import Phase, split
 from mimnet_fast.cdr.synthetic import Synthetic
-from mimnet_fast.cdr.training import seeded_generator, seeded_module
+from mimnet_fast.cdr.training import adam, seeded_generator, seeded_module, training_step
 
-FROM_USERS = {"emcdr": 0.6, "cmf": 0.6}
-FROM_RATINGS = {"mimnet-released": 0.8}
+FROM_USERS = {"emcdr": 0.6, "cmf": 0.6, "sscdr": 0.8, "lacdr": 0.95}
+FROM_RATINGS = {"mimnet-released": 0.8, "remit": 0.8}
 """Share of the best trivial predictor's error that a model has to stay below on easy data."""
 USERS = torch.tensor([4, 1, 8])
 
@@ -86,6 +89,138 @@ def test_emcdr_is_its_equation(inputs: FrozenInputs, phase: Phase, kind: Any) ->
     assert_close(loss, (mapped[users] - target[users]).square().mean())
     loss.backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_sscdr_is_its_equation(inputs: FrozenInputs, phase: Phase, kind: Any) -> None:
+    model = seeded_module(lambda: SSCDR(10, kind), 1, "sscdr")
+    (users,) = model.examples(inputs, phase)
+    draw = seeded_generator(1, "x")
+    positions = (torch.rand(3, generator=draw) * inputs.lengths[users]).long()
+    others = torch.randint(30, (3,), generator=draw)
+    total = torch.tensor(0.0)
+    for user, liked, other in zip(users, inputs.histories[users, positions], others, strict=True):
+        supervised, near, far = (
+            (model.mapping(row) - inputs.target_users[user]).square().sum()
+            for row in (
+                inputs.source_users[user],
+                inputs.source_items[liked],
+                inputs.source_items[other],
+            )
+        )
+        total = total + supervised + max(torch.tensor(0.0), 1 + near - far)
+    loss = model.loss(inputs, (users,), seeded_generator(1, "x"))
+    assert_close(loss, total / 3)
+    loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    rating = model.mapping(inputs.source_users[4]) @ inputs.target_items[7]
+    assert_close(model(inputs, torch.tensor([4]), torch.tensor([7]))[0], rating)
+
+
+def test_sscdr_needs_no_history(inputs: FrozenInputs) -> None:
+    model, nobody = SSCDR(10, "linear"), torch.tensor([0])
+    expected = (model.mapping(inputs.source_users[0]) - inputs.target_users[0]).square().sum()
+    assert_close(model.loss(inputs, (nobody,), seeded_generator(1, "x")), expected)
+
+
+def test_lacdr_is_its_equation(inputs: FrozenInputs, phase: Phase) -> None:
+    """Of the source tables' 31 users 9 are shared; 1, 4 and 8 train, 9 is another of the target."""
+    model = LACDR(10)
+    encode_s, decode_s, encode_t, decode_t = (matrix.T for matrix in model.parameters())
+    batch = model.examples(inputs, phase)
+    assert [list(pair) for pair in zip(*(b.tolist() for b in batch), strict=True)] == [
+        *([user, user if user in (1, 4, 8) else -1] for user in range(31)),
+        [-1, 9],
+    ]
+    source, target = inputs.source_users, inputs.target_users
+    total = torch.tensor(0.0)
+    for user in range(31):
+        total = total + (source[user] @ encode_s @ decode_s - source[user]).norm()
+    for user in (1, 4, 8, 9):
+        total = total + (target[user] @ encode_t @ decode_t - target[user]).norm()
+    for user in (1, 4, 8):
+        total = total + 2 * (source[user] @ encode_s - target[user] @ encode_t).norm()
+    loss = model.loss(inputs, batch, seeded_generator(1, "x"))
+    assert_close(loss, total / 32)
+    loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    rating = source[4] @ encode_s @ decode_t @ inputs.target_items[7]
+    assert_close(model(inputs, torch.tensor([4]), torch.tensor([7]))[0], rating)
+
+
+def test_neighbours_are_who_liked_the_same(inputs: FrozenInputs) -> None:
+    histories = [
+        inputs.histories[user, :length].tolist() for user, length in enumerate(inputs.lengths)
+    ]
+    for user in range(9):
+        of_items = [
+            torch.stack(
+                [
+                    inputs.source_users[u]
+                    for u, liked in enumerate(histories)
+                    for i in liked
+                    if i == item
+                ]
+            ).mean(0)
+            for item in histories[user]
+        ]
+        expected = torch.stack(of_items).mean(0) if of_items else torch.zeros(10)
+        assert_close(inputs.neighbours[user], expected)
+
+
+def remit_by_hand(
+    model: REMIT, inputs: FrozenInputs, user: int, item: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each view's rating and its weight."""
+    history = inputs.source_items[inputs.histories[user, : inputs.lengths[user]]]
+    target, bridge, moved = inputs.target_items[item], model.bridge, []
+    for view in (inputs.source_users[user], inputs.neighbours[user]):
+        pooled = (history @ view).softmax(0) @ history
+        hidden = torch.relu(bridge.w1 @ pooled + bridge.b1)
+        moved.append(view @ (bridge.w2 @ hidden + bridge.b2).view(10, 10))
+    ratings = torch.stack(moved) @ target
+    state = torch.cat([target, *moved, ratings]).detach()
+    first, _, last = model.policy
+    weights = last.weight @ torch.relu(first.weight @ state + first.bias) + last.bias
+    return ratings, weights.softmax(0)
+
+
+def test_remit_is_its_equation(inputs: FrozenInputs) -> None:
+    model = seeded_module(lambda: REMIT(10, 16), 1, "remit")
+    users, items, values = torch.arange(9), torch.arange(9) * 3, torch.arange(9) / 2
+    by_hand = [remit_by_hand(model, inputs, user, 3 * user) for user in range(9)]
+    ratings, weights = (torch.stack(column) for column in zip(*by_hand, strict=True))
+    found = model(inputs, users, items)
+    assert_close(found, (ratings * weights).sum(1), rtol=1e-4, atol=1e-4)
+
+    drawn = weights.multinomial(1, generator=seeded_generator(1, "x"))
+    error = (ratings.gather(1, drawn)[:, 0] - values).square()
+    reward = ((ratings.mean(1) - values).square() - error).detach()
+    policy_loss = -(reward * weights.gather(1, drawn)[:, 0].log()).mean()
+    mixed = (ratings * weights.detach()).sum(1)
+    expected = (mixed - values).square().mean() + policy_loss
+    loss = model.loss(inputs, (users, items, values), seeded_generator(1, "x"))
+    assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    parameters = list(model.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert wanted.abs().max() > 0
+        assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_policy_of_remit_prefers_the_better_view(inputs: FrozenInputs) -> None:
+    model = seeded_module(lambda: REMIT(10, 16), 1, "remit")
+    users, items = torch.arange(1, 9), torch.arange(1, 9)
+    values = model.views(inputs, users, items)[0][:, 1].detach()
+    optimizer, generator = adam(model.policy, 0.01), seeded_generator(1, "x")
+    before = model.views(inputs, users, items)[1][:, 1].exp().mean()
+    for _ in range(100):
+        training_step(optimizer, lambda *b: model.loss(inputs, b, generator), users, items, values)
+    after = model.views(inputs, users, items)[1][:, 1].exp().mean()
+    assert after > max(0.9, before)
 
 
 def test_unknown_mapping_is_refused() -> None:

@@ -14,18 +14,24 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
 from mimnet_fast.cdr.models.cmf import JointTables
 from mimnet_fast.cdr.models.emcdr import EMCDR
+from mimnet_fast.cdr.models.lacdr import LACDR
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 from mimnet_fast.cdr.models.mimnet import MIMNet
 from mimnet_fast.cdr.models.mimnet_released import MIMNetReleased
 from mimnet_fast.cdr.models.prototypes import item_prototypes
 from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
+from mimnet_fast.cdr.models.remit import REMIT
+from mimnet_fast.cdr.models.sscdr import SSCDR
 from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
 from mimnet_fast.cdr.protocol import HISTORY_LENGTH, Split
 
 __all__ = [
     "EMCDR",
+    "LACDR",
     "MODELS",
     "PTUPCDR",
+    "REMIT",
+    "SSCDR",
     "TRIVIAL",
     "FrozenInputs",
     "JointTables",
@@ -72,6 +78,18 @@ def _emcdr(config: Config) -> TransferModel:
     return EMCDR(config.features, config.mapping)
 
 
+def _lacdr(config: Config) -> TransferModel:
+    return LACDR(config.features)
+
+
+def _remit(config: Config) -> TransferModel:
+    return REMIT(config.features, config.hidden, backend=config.backend)
+
+
+def _sscdr(config: Config) -> TransferModel:
+    return SSCDR(config.features, config.mapping)
+
+
 def _ptupcdr(config: Config) -> TransferModel:
     return PTUPCDR(config.features, config.hidden, backend=config.backend)
 
@@ -90,9 +108,14 @@ MODELS: dict[str, ModelSpec] = {
         _MIMNET_SETTINGS,
     ),
     "ptupcdr": ModelSpec("PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _SETTINGS),
+    "remit": ModelSpec("REMIT (no metadata)", "Sun et al., AAAI 2023", _remit, _SETTINGS),
     "emcdr": ModelSpec(
         "EMCDR", "Man et al., IJCAI 2017", _emcdr, ("epochs", "batch_size", "mapping")
     ),
+    "sscdr": ModelSpec(
+        "SSCDR", "Kang et al., CIKM 2019", _sscdr, ("epochs", "batch_size", "mapping")
+    ),
+    "lacdr": ModelSpec("LACDR", "Wang et al., CIKM 2021", _lacdr, ("epochs", "batch_size")),
     "cmf": ModelSpec("CMF", "Singh & Gordon, KDD 2008", base="joint"),
     "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
 }

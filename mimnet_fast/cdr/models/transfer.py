@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ class FrozenInputs:
     """``[target items, D]``"""
     item_prototypes: Tensor | None = None
     """``[target items, D]``, for models that use them: the prototype of each target item."""
+
+    @cached_property
+    def neighbours(self) -> Tensor:
+        """User-item-user, ``[O, D]``: the mean over a history of the mean user who liked the item.
+
+        Users are those of both domains, each counted in too; zeros for an empty history.
+        """
+        users = self.source_users[: len(self.lengths)]
+        rows = users.repeat_interleave(self.lengths, 0)
+        real = torch.arange(self.histories.shape[1]) < self.lengths[:, None]
+        liked = self.histories[real]
+        counts = torch.bincount(liked, minlength=len(self.source_items)).clamp_min(1)
+        items = torch.zeros_like(self.source_items).index_add_(0, liked, rows) / counts[:, None]
+        sums = torch.where(real.unsqueeze(-1), items[self.histories], 0).sum(1)
+        return sums / self.lengths.clamp_min(1)[:, None]
 
 
 class TransferModel(Module):
