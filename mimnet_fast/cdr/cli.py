@@ -97,7 +97,9 @@ _SETTINGS: dict[str, Any] = {
     "learning_rate": Annotated[float, typer.Option(help="Of Adam.")],
     "features": Annotated[int, typer.Option(help="Width of embeddings.")],
     "hidden": Annotated[int, typer.Option(help="Width of meta networks.")],
-    "mapping": Annotated[Mapping, typer.Option(help="Of users in EMCDR and SSCDR: one matrix, or an MLP.")],
+    "mapping": Annotated[
+        Mapping, typer.Option(help="Of users in EMCDR and SSCDR: one matrix, or an MLP.")
+    ],
     "interests": Annotated[int, typer.Option(help="Interests per user.")],
     "iterations": Annotated[int, typer.Option(help="Routing passes.")],
     "prototypes": Annotated[int, typer.Option(help="Clusters of target items.")],
