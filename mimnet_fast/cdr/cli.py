@@ -172,11 +172,13 @@ def prepare(
         Duplicates, typer.Option(help="What counts of several ratings of one item by one user.")
     ] = "last",
     min_user_ratings: Annotated[
-        int, typer.Option(help="Drop users with fewer ratings in a domain.")
+        int, typer.Option(min=1, help="Drop users with fewer ratings in a domain.")
     ] = 1,
-    min_item_ratings: Annotated[int, typer.Option(help="Drop items with fewer ratings.")] = 1,
+    min_item_ratings: Annotated[
+        int, typer.Option(min=1, help="Drop items with fewer ratings.")
+    ] = 1,
     k_core: Annotated[
-        int, typer.Option(help="Both minima at once: the k-core of each domain.")
+        int, typer.Option(min=1, help="Both minima at once: the k-core of each domain.")
     ] = 1,
     as_json: AsJson = False,
 ) -> None:

@@ -170,6 +170,10 @@ def test_prepare_takes_any_format_and_tells_what_it_removed(tmp_path: Path) -> N
     refused = invoke(*arguments[:-1], tmp_path / "e", "--format", "recbole")
     assert refused.exit_code == 2
     assert "t.csv, line 1: need the column user_id:token" in refused.stderr
+    refused = invoke(*arguments[:-1], tmp_path / "e", "--k-core", "0")
+    assert refused.exit_code == 2
+    assert "--k-core" in refused.stderr
+    assert not (tmp_path / "e").exists()
 
 
 def test_info_is_the_installation_report() -> None:
