@@ -40,7 +40,7 @@ from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
-from mimnet_fast.cdr.models import MODELS
+from mimnet_fast.cdr.models import ABLATIONS, MODELS
 from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.studies import SWEPT, sweep_variants
@@ -335,6 +335,28 @@ def sweep(
     variants = sweep_variants(centre, values, full=full)
     plan = Plan("sweep", variants, tuple(betas), tuple(range(seed, seed + seeds)), swept=(*values,))
     _run_grid(dataset, Config(**centre, **settings), plan, out, resume, as_json)
+
+
+@app.command(cls=_ListOptions)
+@_with_settings()
+def ablate(
+    dataset: DatasetFolder,
+    out: Out,
+    betas: Betas = [Config.beta],  # noqa: B006
+    seeds: Seeds = 5,
+    seed: FirstSeed = Config.seed,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Train MIMNet and MIMNet without each of its parts.
+
+    ablate.{md,csv,json} and a plot in --out are brought up to date after every trained model.
+    """
+    specs = {"mimnet": MODELS["mimnet"], **ABLATIONS}
+    variants = tuple(Variant(name, spec.title, name) for name, spec in specs.items())
+    plan = Plan("ablate", variants, tuple(betas), tuple(range(seed, seed + seeds)))
+    _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
 
 
 @app.command()

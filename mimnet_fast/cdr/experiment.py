@@ -32,7 +32,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.evaluation import Predict, errors, evaluate
 from mimnet_fast.cdr.models import (
-    MODELS,
+    TRAINABLE,
     TRIVIAL,
     FrozenInputs,
     JointTables,
@@ -83,7 +83,7 @@ def run(
     Args:
         dataset: A prepared dataset.
         config: All settings.
-        models: Names in `MODELS`.
+        models: Names in `TRAINABLE`.
         folder: The run's folder, new or to be gone on with.
         progress: Where bars are drawn.
         base_folder: Where the base models are kept, if not in ``folder`` too.
@@ -106,7 +106,7 @@ def run(
     found |= results.read(folder).get("models", {})
     summary = {**results.header(dataset, config, data), "models": found}
     for name in models:
-        spec = MODELS[name]
+        spec = TRAINABLE[name]
         if _is_target_model(name):
             curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
         else:
@@ -235,7 +235,7 @@ class BaseModels:
 
 
 def _is_target_model(name: str) -> bool:
-    return MODELS[name].build is None and MODELS[name].base == "target"
+    return TRAINABLE[name].build is None and TRAINABLE[name].base == "target"
 
 
 class _Job(NamedTuple):
@@ -260,7 +260,7 @@ def _train(name: str, stage1: BaseModels, folder: Path) -> dict[str, list[Epoch]
 def _train_phase(
     name: str, stage1: BaseModels, folder: Path, phase: PhaseName, *, keep: int | None = None
 ) -> list[Epoch]:
-    config, build = stage1.config, MODELS[name].build
+    config, build = stage1.config, TRAINABLE[name].build
     generator = seeded_generator(config.seed, f"{name} batches")
     if build is None:
         job = _joint_job(name, stage1, phase)
@@ -268,7 +268,7 @@ def _train_phase(
         model = seeded_module(partial(build, config), config.seed, name)
         job = _transfer_job(model, stage1, phase, generator)
     identity = {"name": f"{phase}/{name}", **stage1.identity} | {
-        setting: getattr(config, setting) for setting in MODELS[name].settings
+        setting: getattr(config, setting) for setting in TRAINABLE[name].settings
     }
 
     def keep_chosen(epoch: int) -> None:

@@ -31,7 +31,7 @@ from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import Errors, errors
 from mimnet_fast.cdr.experiment import BaseModels, PhaseName, final_predictions, run
-from mimnet_fast.cdr.models import MODELS, TRIVIAL
+from mimnet_fast.cdr.models import TRAINABLE, TRIVIAL
 from mimnet_fast.cdr.significance import Cell, Totals, summarize, user_totals
 
 _BASE_MODELS = "base models"
@@ -46,7 +46,7 @@ class Variant:
     name: str
     title: str
     model: str
-    """Its name in `MODELS`."""
+    """Its name in `TRAINABLE`."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the model that differ from the grid's."""
 
@@ -173,7 +173,7 @@ class _Cells:
 
     def measure(self, variant: Variant) -> Cell:
         """Train a variant, or find it trained."""
-        name, spec, folder = variant.model, MODELS[variant.model], self._place(variant)
+        name, spec, folder = variant.model, TRAINABLE[variant.model], self._place(variant)
         config = replace(self.config, **variant.changes)
         if not self.has(variant):
             # What a killed process spent is not known, so only whole runs are measured.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mimnet_fast.cdr import biases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
+from mimnet_fast.cdr.models.ablation import Ablation, Part
 from mimnet_fast.cdr.models.cmf import JointTables
 from mimnet_fast.cdr.models.emcdr import EMCDR
 from mimnet_fast.cdr.models.lacdr import LACDR
@@ -26,13 +27,16 @@ from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
 from mimnet_fast.cdr.protocol import HISTORY_LENGTH, Split
 
 __all__ = [
+    "ABLATIONS",
     "EMCDR",
     "LACDR",
     "MODELS",
     "PTUPCDR",
     "REMIT",
     "SSCDR",
+    "TRAINABLE",
     "TRIVIAL",
+    "Ablation",
     "FrozenInputs",
     "JointTables",
     "MIMNet",
@@ -70,6 +74,22 @@ def _mimnet(config: Config, model: type[MIMNet] = MIMNet) -> TransferModel:
         interests=config.interests,
         iterations=config.iterations,
         history_length=HISTORY_LENGTH,
+        backend=config.backend,
+    )
+
+
+def _single_interest(config: Config) -> TransferModel:
+    return _mimnet(replace(config, interests=1))
+
+
+def _ablation(config: Config, without: tuple[Part, ...]) -> TransferModel:
+    return Ablation(
+        config.features,
+        config.hidden,
+        interests=config.interests,
+        iterations=config.iterations,
+        history_length=HISTORY_LENGTH,
+        without=without,
         backend=config.backend,
     )
 
@@ -119,6 +139,32 @@ MODELS: dict[str, ModelSpec] = {
     "cmf": ModelSpec("CMF", "Singh & Gordon, KDD 2008", base="joint"),
     "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
 }
+
+_WITHOUT: dict[str, tuple[str, tuple[Part, ...]]] = {
+    "no-fine": ("no fine attention", ("fine",)),
+    "no-coarse": ("no coarse attention", ("coarse",)),
+    "no-fusion": ("no fusion", ("fusion",)),
+    "no-guidance": ("no target guidance", ("fine", "coarse")),
+    "no-capsules": ("no capsules", ("capsules",)),
+    "single-bridge": ("single bridge", ("bridges",)),
+}
+_OURS = "a part of MIMNet replaced, see `Ablation`"
+
+ABLATIONS: dict[str, ModelSpec] = {
+    name: ModelSpec(title, _OURS, partial(_ablation, without=parts), _MIMNET_SETTINGS)
+    for name, (title, parts) in _WITHOUT.items()
+} | {
+    "single-interest": ModelSpec(
+        "single interest",
+        "MIMNet with one capsule",
+        _single_interest,
+        tuple(setting for setting in _MIMNET_SETTINGS if setting != "interests"),
+    )
+}
+"""MIMNet without some part."""
+
+TRAINABLE = MODELS | ABLATIONS
+"""All that a run can train."""
 
 TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
     "constant": ("middle of scale", trivial.constant),

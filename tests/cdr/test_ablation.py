@@ -1,0 +1,145 @@
+"""MIMNet without a part is MIMNet but for that part."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from mimnet_fast.cdr import reports
+from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.dataset import Dataset
+from mimnet_fast.cdr.grids import Plan, Variant, run_grid
+from mimnet_fast.cdr.models import (
+    ABLATIONS,
+    TRAINABLE,
+    Ablation,
+    FrozenInputs,
+    MIMNet,
+)
+from mimnet_fast.cdr.models.ablation import Part
+
+FEATURES, HIDDEN, LENGTH, USERS = 4, 6, 5, 8
+SIZES = {"interests": 3, "iterations": 2, "history_length": LENGTH, "backend": "reference"}
+ITEMS = torch.arange(USERS) % 7
+
+
+@pytest.fixture
+def inputs() -> FrozenInputs:
+    lengths = torch.tensor([5, 0, 1, 3, 2, 5, 4, 1])
+    histories = torch.randint(10, (USERS, LENGTH))
+    histories[torch.arange(LENGTH) >= lengths[:, None]] = 10
+    source_items = torch.randn(11, FEATURES)
+    source_items[10] = 0
+    return FrozenInputs(
+        histories=histories,
+        lengths=lengths,
+        source_users=torch.randn(USERS, FEATURES),
+        source_items=source_items,
+        target_users=torch.randn(USERS, FEATURES),
+        target_items=torch.randn(7, FEATURES),
+        item_prototypes=torch.randn(7, FEATURES),
+    )
+
+
+def make(without: Collection[Part]) -> Ablation:
+    return Ablation(FEATURES, HIDDEN, without=without, **SIZES)
+
+
+def rate(model: torch.nn.Module, inputs: FrozenInputs, seed: int | None = None) -> Tensor:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return model(inputs, torch.arange(USERS), ITEMS, generator)
+
+
+def test_without_nothing_it_is_mimnet(inputs: FrozenInputs) -> None:
+    whole, parts = MIMNet(FEATURES, HIDDEN, **SIZES), make([])
+    state = {
+        name.replace("extract.", "").replace("attend.", "attention."): tensor
+        for name, tensor in parts.state_dict().items()
+    }
+    whole.load_state_dict(state)
+    for seed in (None, 3):
+        torch.testing.assert_close(rate(parts, inputs, seed), rate(whole, inputs, seed))
+
+
+def attention(query: Tensor, interests: Tensor, layer: torch.nn.Module) -> Tensor:
+    keys = interests @ layer.key_weight.T + layer.key_bias
+    values = interests @ layer.value_weight.T + layer.value_bias
+    weights = torch.einsum("bd,bkd->bk", query, keys).softmax(-1)
+    return torch.einsum("bk,bkd->bd", weights, values)
+
+
+@pytest.mark.parametrize("without", [["fine"], ["coarse"], ["fusion"], ["fine", "coarse"]])
+def test_what_is_left_of_the_attention(inputs: FrozenInputs, without: list[Part]) -> None:
+    model = make(without)
+    history = inputs.source_items[inputs.histories]
+    interests = model.extract(history, inputs.lengths, None)
+    transferred = model.bridge(interests, inputs.source_users)
+    item, prototype = inputs.target_items[ITEMS], inputs.item_prototypes[ITEMS]
+    left = []
+    if "fine" not in without:
+        left.append(attention(item, transferred, model.attend.fine))
+    if "coarse" not in without:
+        left.append(attention(prototype, transferred, model.attend.coarse))
+    user = sum(left) / len(left) if left else transferred.mean(1)
+    torch.testing.assert_close(rate(model, inputs), (user * item).sum(-1))
+
+
+def test_maps_of_the_mean_in_place_of_capsules(inputs: FrozenInputs) -> None:
+    model = make(["capsules"])
+    history = inputs.source_items[inputs.histories]
+    interests = model.extract(history, inputs.lengths, None)
+    assert interests.shape == (USERS, 3, FEATURES)
+    for user, length in enumerate(inputs.lengths.tolist()):
+        mean = history[user, :length].mean(0) if length else torch.zeros(FEATURES)
+        for k in range(3):
+            rows = slice(k * FEATURES, (k + 1) * FEATURES)
+            expected = model.extract.maps.weight[rows] @ mean + model.extract.maps.bias[rows]
+            torch.testing.assert_close(interests[user, k], expected)
+    assert rate(model, inputs, 1).equal(rate(model, inputs)), "nothing is random in it"
+
+
+def test_one_bridge_of_the_mean_interest(inputs: FrozenInputs) -> None:
+    model, whole = make(["bridges"]), make([])
+    whole.load_state_dict(model.state_dict())
+    seen = []
+    model.bridge.register_forward_hook(lambda layer, given, out: seen.append(given[0]))
+    ratings = rate(model, inputs)
+    interests = whole.extract(inputs.source_items[inputs.histories], inputs.lengths, None)
+    torch.testing.assert_close(seen[0], interests.mean(1, keepdim=True))
+    assert not torch.allclose(ratings, rate(whole, inputs))
+
+
+def test_every_ablation_trains_all_of_its_parameters(inputs: FrozenInputs) -> None:
+    config = Config(features=FEATURES, hidden=HIDDEN, interests=3, backend="reference")
+    wide = FrozenInputs(
+        **{
+            **vars(inputs),
+            "histories": torch.nn.functional.pad(inputs.histories, (0, 15), value=10),
+        }
+    )
+
+    for name, spec in ABLATIONS.items():
+        model = spec.build(config)
+        rate(model, wide, 0).square().sum().backward()
+        missing = [key for key, each in model.named_parameters() if each.grad is None]
+        assert not missing, f"{name}: {missing}"
+    assert isinstance(TRAINABLE["single-interest"].build(config), MIMNet)
+    assert TRAINABLE["single-interest"].build(config).evaluation_logits.shape == (1, 1, 20)
+
+
+def test_ablations_run_in_a_grid(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "PLOTS", False)
+    config = Config(base_epochs=1, epochs=1, prototypes=5, backend="reference")
+    names = ("mimnet", *ABLATIONS)
+    variants = tuple(Variant(name, TRAINABLE[name].title, name) for name in names)
+    plan = Plan("ablate", variants, (0.25,), (2,))
+    found = run_grid(dataset, config, plan, tmp_path, Progress(disable=True))
+    rows = {row["name"]: row for row in found["rows"] if not row["trivial"]}
+    assert list(rows) == list(names)
+    assert len({row["honest"]["mae"]["mean"] for row in rows.values()}) == len(names)
+    assert len(list(tmp_path.glob("**/source.safetensors"))) == 1
