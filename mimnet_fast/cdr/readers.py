@@ -399,8 +399,8 @@ def _reason(text: str) -> str:
         return "the line is empty"
     try:
         review = json.loads(text)
-    except ValueError as error:
-        return f"not JSON: {error}"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
     if not isinstance(review, dict):
         return "need a JSON object"
     return f"need text or numbers in {', '.join(_JSON_FIELDS.values())}"

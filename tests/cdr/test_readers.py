@@ -95,7 +95,7 @@ def test_amazon_reviews(tmp_path: Path, name: str) -> None:
     ("line", "reason"),
     [
         ("", "the line is empty"),
-        ('{"asin": "B1"', "not JSON: Expecting ',' delimiter"),
+        ('{"asin": "B1"', "not JSON: Expecting ',' delimiter at column 14:"),
         ("{'asin': 'B1'}", "not JSON: Expecting property name enclosed in double quotes"),
         ('{"a": 1}, {"a": 2}', "not JSON: Extra data"),
         ("[1]", "need a JSON object"),
