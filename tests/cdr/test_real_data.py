@@ -28,14 +28,15 @@ def test_movies_to_music(tmp_path: Path) -> None:
         166554,
         85176,
     )
-    found = run(
-        Dataset.load(tmp_path / "data"),
-        Config(epochs=1, base_epochs=10),
-        ["mimnet", "tgt"],
-        tmp_path / "run",
-        Progress(disable=True),
-    )["models"]
+    dataset, quiet = Dataset.load(tmp_path / "data"), Progress(disable=True)
+    run(dataset, Config(epochs=1), ["mimnet", "tgt"], tmp_path / "run", quiet)
+    names = ["cmf", "emcdr", "mimnet-released"]
+    found = run(dataset, Config(), names, tmp_path / "run", quiet)["models"]
     assert found["global_mean"]["honest"]["mae"] == pytest.approx(0.789, abs=0.001)
     assert found["item_mean"]["honest"]["mae"] == pytest.approx(0.741, abs=0.001)
     assert found["mimnet"]["honest"]["mae"] == pytest.approx(1.96, abs=0.15)
     assert found["tgt"]["honest"]["mae"] == pytest.approx(4.4, abs=0.15)
+    # What the public codes reach on this data.
+    assert found["cmf"]["published"]["mae"] == pytest.approx(3.55, abs=0.15)
+    assert found["emcdr"]["published"]["mae"] == pytest.approx(4.03, abs=0.1)
+    assert found["mimnet-released"]["published"]["mae"] == pytest.approx(2.29, abs=0.1)
