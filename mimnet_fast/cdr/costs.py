@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ def measured(folder: Path, name: str) -> Iterator[None]:
     Peak memory is the largest resident set of the whole process during the block, with the
     interpreter and its libraries; None where the system keeps no such record (all but Linux).
     """
-    gc.collect()
     resettable = _reset_peak()
     start = time.perf_counter()
     yield

@@ -115,10 +115,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Write `results.json` and `results.md`."""
-    with atomic_file(folder / "results.json") as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
     with atomic_file(folder / "results.md") as path:
         path.write_text(_markdown(results))
+    with atomic_file(folder / "results.json") as path:  # last: a model in it is finished
+        path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def table(results: dict[str, Any], title: str) -> Table:

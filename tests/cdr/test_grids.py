@@ -52,7 +52,7 @@ def numbers(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.glob("beta-*/**/*")
-        if path.is_file() and path.name != "costs.json"
+        if path.is_file() and "costs.json" not in path.name
     }
     table = json.loads((folder / "compare.json").read_text())
     del table["base_models"]
@@ -280,7 +280,8 @@ def test_an_interrupted_grid_goes_on_to_the_same_bits(
 def _grid_in_a_process(prepared: Path, out: Path) -> None:
     torch.set_num_threads(1)
     reports.PLOTS = False
-    run_grid(Dataset.load(prepared), CONFIG, plan("mimnet", "tgt"), out, QUIET)
+    small = plan("mimnet", "tgt", betas=(0.25,))
+    run_grid(Dataset.load(prepared), CONFIG, small, out, QUIET)
 
 
 @pytest.mark.slow
@@ -371,7 +372,7 @@ def test_peak_memory_is_that_of_the_block(tmp_path: Path) -> None:
     after = _peak_of(tmp_path, lambda: None)
     assert large - before > 190e6
     assert large - after > 190e6
-    assert costs.read(tmp_path)["work"]["seconds"] < 1
+    assert 0 < costs.read(tmp_path)["work"]["seconds"] < 60
 
 
 def test_a_sweep_varies_one_setting_at_a_time_or_all() -> None:
