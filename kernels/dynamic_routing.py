@@ -11,6 +11,10 @@ A weight per capsule is a matrix times one vector for each of them, which no mat
 votes per capsule are products elementwise. Where the weight exceeds a tile, the capsules are formed
 in chunks of their D, once for the length and once for the result; a single chunk is formed once,
 because the compiler finds the two equal.
+
+Replaced logits need the last capsules alone in ``back``; those that add to the coupling read it
+from where the last iteration left it. Normalised votes divide the agreement by their lengths, for
+which a tile of votes is formed, and dropped, in each iteration.
 """
 
 from __future__ import annotations
@@ -29,11 +33,15 @@ CAPSULES = tl.constexpr(0)
 FILL_BEFORE = tl.constexpr(1)
 IGNORE = tl.constexpr(2)
 
+REPLACE = tl.constexpr(1)
+COUPLING = tl.constexpr(2)
+
 NO_WEIGHT = tl.constexpr(0)
 SHARED = tl.constexpr(1)
 
 _PADDING_LOGIT = tl.constexpr(-1e9)
 _LOWEST = tl.constexpr(-3e38)
+_SHORTEST_VOTE = tl.constexpr(1e-12)
 
 _LONGEST_TILE = 64
 _TILE_ELEMENTS = 4096
@@ -197,6 +205,44 @@ def _norm2(
     return norm2
 
 
+@triton.jit
+def _inverse_norms(
+    x,
+    weight,
+    stride_k,
+    stride_i,
+    stride_d,
+    OWN_VOTES: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    K: tl.constexpr,
+    D_IN: tl.constexpr,
+    D: tl.constexpr,
+    K_TILE: tl.constexpr,
+    L_TILE: tl.constexpr,
+    I_TILE: tl.constexpr,
+    D_TILE: tl.constexpr,
+):
+    """One over the lengths of a tile's votes, [K_TILE, L_TILE] or [1, L_TILE]."""
+    if WEIGHT == NO_WEIGHT:
+        votes = x.to(tl.float32)
+        if OWN_VOTES:
+            norm2 = tl.sum(votes * votes, 2)
+        else:
+            norm2 = tl.sum(votes * votes, 1)[None, :]
+    else:
+        k = tl.arange(0, K_TILE)[:, None]
+        norm2 = tl.zeros([K_TILE, L_TILE], tl.float32)
+        for row in range(1 if WEIGHT == SHARED else K):
+            for start in range(0, D, D_TILE):
+                w = _load_weight(
+                    weight + row * stride_k, start, stride_i, stride_d, D_IN, D, I_TILE, D_TILE
+                )
+                votes = product(x, w, weight.dtype.element_ty)
+                found = tl.sum(votes * votes, 1)[None, :]
+                norm2 += found if WEIGHT == SHARED else tl.where(k == row, found, 0.0)
+    return 1 / tl.maximum(tl.sqrt(norm2), _SHORTEST_VOTE)
+
+
 @triton.jit(do_not_specialize=["length", "iterations"])
 def _dynamic_routing_forward_kernel(
     inputs,
@@ -233,6 +279,8 @@ def _dynamic_routing_forward_kernel(
     D: tl.constexpr,
     AXIS: tl.constexpr,
     PADDING: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     INNER: tl.constexpr,
     FINAL: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -279,6 +327,8 @@ def _dynamic_routing_forward_kernel(
                     WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
                 factor, _ = squash_factor(norm2, INNER, eps, power)
+                if UPDATE != 0:
+                    back = tl.zeros([K_TILE, I_TILE], tl.float32)
                 for start in range(0, D, D_TILE):
                     c = times_weight(
                         pooled, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
@@ -289,6 +339,10 @@ def _dynamic_routing_forward_kernel(
                         weight_stride_d, WEIGHT, K, D_IN, D, I_TILE,
                     )  # fmt: skip
             pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
+            if UPDATE == COUPLING:
+                last_top = top
+                last_total = tl.where(total > 0, total, 1.0)
+                tl.debug_barrier()
             top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
             total = tl.zeros([K_TILE, 1], tl.float32)
             for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
@@ -305,9 +359,28 @@ def _dynamic_routing_forward_kernel(
                 logit = first
                 if AGAIN:
                     if OWN_VOTES:
-                        logit += tl.sum(back[:, None, :] * x.to(tl.float32), 2)
+                        agreement = tl.sum(back[:, None, :] * x.to(tl.float32), 2)
                     else:
-                        logit += product(back, tl.trans(x), STORAGE)
+                        agreement = product(back, tl.trans(x), STORAGE)
+                    if NORMALIZE:
+                        agreement *= _inverse_norms(
+                            x, weight, weight_stride_k, weight_stride_i, weight_stride_d,
+                            OWN_VOTES, WEIGHT, K, D_IN, D, K_TILE, L_TILE, I_TILE, D_TILE,
+                        )  # fmt: skip
+                    if UPDATE == REPLACE:
+                        logit = agreement
+                    elif UPDATE == COUPLING:
+                        here = (k < K) & (at < length)
+                        if AXIS == CAPSULES:
+                            last = tl.load(coupling + at, mask=here, other=0.0)
+                        else:
+                            last = tl.load(coupling + at, mask=here, other=float("-inf"))
+                            last = tl.exp(last - last_top) / last_total
+                        # Others may write what this thread has just read.
+                        tl.debug_barrier()
+                        logit = last + agreement
+                    else:
+                        logit += agreement
                 logit *= inverse_temperature
                 if PADDING == FILL_BEFORE:
                     logit = tl.where(real, logit, _PADDING_LOGIT)
@@ -321,7 +394,9 @@ def _dynamic_routing_forward_kernel(
                     tl.store(
                         coupling + at,
                         share,
-                        mask=(k < K) & (at < length) & (step + AGAIN == iterations - 1),
+                        mask=(k < K)
+                        & (at < length)
+                        & ((UPDATE == COUPLING) | (step + AGAIN == iterations - 1)),
                     )
                 else:
                     counts = real if PADDING == IGNORE else at < length
@@ -338,7 +413,9 @@ def _dynamic_routing_forward_kernel(
                     tl.store(
                         coupling + at,
                         kept,
-                        mask=(k < K) & (at < length) & (step + AGAIN == iterations - 1),
+                        mask=(k < K)
+                        & (at < length)
+                        & ((UPDATE == COUPLING) | (step + AGAIN == iterations - 1)),
                     )
                 if OWN_VOTES:
                     pooled += tl.sum(share[:, :, None] * x.to(tl.float32), 1)
@@ -533,6 +610,11 @@ def dynamic_routing(
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
     kind = _kind(inputs, weight)
     tiles = _tiling(num_capsules, length, d_in, weight, kind["OWN_VOTES"])
+    if normalize_agreement and weight is not None:
+        # A tile of votes needs registers as well.
+        tiles["L_TILE"] = min(tiles["L_TILE"], 16)
+        tiles["D_TILE"] = min(tiles["D_TILE"], 32)
+        tiles["num_warps"] = min(8, 4 * tiles["num_warps"])
     if inputs.dim() == 3:
         inputs = inputs[:, None]
     launch(
@@ -562,6 +644,8 @@ def dynamic_routing(
         D=d,
         AXIS=softmax_over,
         PADDING=padding,
+        UPDATE=update,
+        NORMALIZE=normalize_agreement,
         INNER=squash if inner_squash else IDENTITY.value,
         FINAL=squash if final_squash else IDENTITY.value,
         WHOLE=length <= tiles["L_TILE"],

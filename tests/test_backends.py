@@ -234,10 +234,7 @@ def test_a_backend_is_judged_by_its_own_kernels():
     reasons = backends.explain(call.op, *call.args, **call.options)
     assert reasons["native"] == []
     if backends.available()["triton"] is None:
-        assert reasons["triton"] == [
-            f"no Triton kernel for {option} in this version"
-            for option in ('gradient="full"', "update='coupling'")
-        ]
+        assert reasons["triton"] == ['no Triton kernel for gradient="full" in this version']
     with pytest.raises(BackendUnavailable, match="no CUDA kernel for it"):
         backends.select("squash", "native", call.args[0], {"native": ["no CUDA kernel for it"]})
     assert backends.select("squash", "native", call.args[0], {"triton": ["no"]}) == "native"

@@ -58,6 +58,7 @@ OPTIONS = [
 CPU_OPTIONS = [
     {"update": "replace"},
     {"update": "coupling", "history": "mask"},
+    {"update": "coupling", "history": "mask", "softmax_over": "inputs"},
     {"normalize_agreement": True},
     {"normalize_agreement": True, "update": "replace", "softmax_over": "inputs"},
     {
@@ -196,12 +197,12 @@ MUTATIONS = {
     "lengths for mask": {"mask": None, "lengths": torch.tensor([0, 6, 3, 2, 1])},
     "capsule_mask": {"capsule_mask": torch.tensor([[True, False, True]]).repeat(5, 1)},
 }
-CPU_MUTATIONS = {
+UPDATE_MUTATIONS = {
     "update replace": {"update": "replace"},
     "update coupling": {"update": "coupling"},
     "normalize_agreement": {"normalize_agreement": True},
 }
-"""What no kernel of another device offers yet."""
+"""Of what CUDA C++ does not offer yet."""
 
 
 def changed(call, backend, options):
@@ -230,20 +231,18 @@ def test_padding_ignore_differs_from_zero_after_only_over_inputs(backend):
         assert distance > 1e-2 if differs else distance < 1e-12
 
 
-@pytest.mark.parametrize("mutation", CPU_MUTATIONS)
+@pytest.mark.parametrize("mutation", UPDATE_MUTATIONS)
 @pytest.mark.parametrize("weight", EVERY_WEIGHT)
-def test_every_option_of_the_cpu_counts(backend, weight, mutation):
+def test_every_option_of_the_update_counts(backend, weight, mutation):
     call = routing_call(weight=weight, history="mask", dtype=torch.float64)
     call = unsaturated(call)
-    assert changed(call, backend, CPU_MUTATIONS[mutation]) > 1e-2
+    assert changed(call, backend, UPDATE_MUTATIONS[mutation]) > 1e-2
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        *({"update": update} for update in UPDATES[1:]),
         {"gradient": "full"},
-        {"normalize_agreement": True},
         {"weight": "per_position"},
     ],
     ids=option_id,
@@ -396,6 +395,15 @@ def test_large_history_and_batch(backend):
     shape = {"b": some_users(backend, 130), "length": 200, "k": 3, "d_in": 5, "d": 5}
     for weight in WEIGHTS:
         routing_call(weight=weight, history="lengths", **shape).verify(backend)
+
+
+@pytest.mark.parametrize("softmax_over", SOFTMAX_AXES)
+def test_large_history_with_every_update(backend, softmax_over):
+    """Several tiles of positions, in which the coupling of the last iteration is read again."""
+    shape = {"b": some_users(backend, 33), "length": 150, "k": 3, "d_in": 5, "d": 5}
+    options = {"history": "mask", "softmax_over": softmax_over, "normalize_agreement": True}
+    for weight, update in zip(("shared", "per_capsule"), UPDATES[1:], strict=True):
+        routing_call(weight=weight, update=update, **options, **shape).verify(backend)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

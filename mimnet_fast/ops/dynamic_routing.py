@@ -201,9 +201,10 @@ def dynamic_routing(
             "jagged histories": jagged,
             "a weight per position and capsule": weight is not None and weight.dim() == 4,
             'gradient="full"': full,
-            f"update={update!r}": update != "accumulate",
-            "normalize_agreement": normalize_agreement,
         }
+        if name == "native":
+            asked[f"update={update!r}"] = update != "accumulate"
+            asked["normalize_agreement"] = normalize_agreement
         unsupported[name] = [
             f"no {kind} kernel for {option} in this version"
             for option, is_on in asked.items()
