@@ -225,10 +225,7 @@ def _inverse_norms(
     """One over the lengths of a tile's votes, [K_TILE, L_TILE] or [1, L_TILE]."""
     if WEIGHT == NO_WEIGHT:
         votes = x.to(tl.float32)
-        if OWN_VOTES:
-            norm2 = tl.sum(votes * votes, 2)
-        else:
-            norm2 = tl.sum(votes * votes, 1)[None, :]
+        norm2 = tl.sum(votes * votes, 2) if OWN_VOTES else tl.sum(votes * votes, 1)[None, :]
     else:
         k = tl.arange(0, K_TILE)[:, None]
         norm2 = tl.zeros([K_TILE, L_TILE], tl.float32)
