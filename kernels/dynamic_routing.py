@@ -13,8 +13,8 @@ in chunks of their D, once for the length and once for the result; a single chun
 because the compiler finds the two equal.
 
 Replaced logits need the last capsules alone in ``back``; those that add to the coupling read it
-from where the last iteration left it. Normalised votes divide the agreement by their lengths, for
-which a tile of votes is formed, and dropped, in each iteration.
+from where the last iteration left it. Normalised votes divide the agreement by their lengths. With
+a weight these are products of all inputs, formed once, by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -206,38 +206,71 @@ def _norm2(
 
 
 @triton.jit
-def _inverse_norms(
-    x,
+def _inverse_norm(norm2):
+    return 1 / tl.maximum(tl.sqrt(norm2), _SHORTEST_VOTE)
+
+
+@triton.jit
+def _load_inverse_norms(
+    inverse_norms, x, start, length, OWN_VOTES: tl.constexpr, WEIGHT: tl.constexpr,
+    K: tl.constexpr, K_TILE: tl.constexpr, L_TILE: tl.constexpr,
+):  # fmt: skip
+    """One over the lengths of a tile's votes, [K_TILE, L_TILE], or [1, L_TILE] if all agree."""
+    if OWN_VOTES:
+        votes = x.to(tl.float32)
+        inverse = _inverse_norm(tl.sum(votes * votes, 2))
+    elif WEIGHT == NO_WEIGHT:
+        votes = x.to(tl.float32)
+        inverse = _inverse_norm(tl.sum(votes * votes, 1)[None, :])
+    else:
+        stride_k = 0 if WEIGHT == SHARED else length
+        inverse = load_logits(inverse_norms, start, stride_k, 1, length, K, K_TILE, L_TILE)
+    return inverse
+
+
+@triton.jit(do_not_specialize=["length"])
+def _inverse_norms_kernel(
+    inputs,
     weight,
-    stride_k,
-    stride_i,
-    stride_d,
-    OWN_VOTES: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr,
+    out,
+    length,
+    inputs_stride_b,
+    inputs_stride_l,
+    inputs_stride_d,
+    weight_stride_k,
+    weight_stride_i,
+    weight_stride_d,
     D_IN: tl.constexpr,
     D: tl.constexpr,
-    K_TILE: tl.constexpr,
     L_TILE: tl.constexpr,
     I_TILE: tl.constexpr,
     D_TILE: tl.constexpr,
 ):
-    """One over the lengths of a tile's votes, [K_TILE, L_TILE] or [1, L_TILE]."""
-    if WEIGHT == NO_WEIGHT:
-        votes = x.to(tl.float32)
-        norm2 = tl.sum(votes * votes, 2) if OWN_VOTES else tl.sum(votes * votes, 1)[None, :]
-    else:
-        k = tl.arange(0, K_TILE)[:, None]
-        norm2 = tl.zeros([K_TILE, L_TILE], tl.float32)
-        for row in range(1 if WEIGHT == SHARED else K):
-            for start in range(0, D, D_TILE):
-                w = _load_weight(
-                    weight + row * stride_k, start, stride_i, stride_d, D_IN, D, I_TILE, D_TILE
-                )
-                votes = product(x, w, weight.dtype.element_ty)
-                found = tl.sum(votes * votes, 1)[None, :]
-                norm2 += found if WEIGHT == SHARED else tl.where(k == row, found, 0.0)
-    return 1 / tl.maximum(tl.sqrt(norm2), _SHORTEST_VOTE)
+    """One over the lengths of a tile's votes for one capsule."""
+    user, k = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    at = tl.program_id(1).to(tl.int64) * L_TILE + tl.arange(0, L_TILE)[:, None]
+    inputs += user * inputs_stride_b + at * inputs_stride_l
+    weight += k.to(tl.int64) * weight_stride_k
+    norm2 = tl.zeros([L_TILE, 1], tl.float32)
+    for start in range(0, D, D_TILE):
+        d = start + tl.arange(0, D_TILE)[None, :]
+        votes = tl.zeros([L_TILE, D_TILE], tl.float32)
+        for first in range(0, D_IN, I_TILE):
+            i = first + tl.arange(0, I_TILE)
+            x = tl.load(
+                inputs + i[None, :] * inputs_stride_d,
+                mask=(at < length) & (i[None, :] < D_IN),
+                other=0.0,
+            )
+            w = tl.load(
+                weight + i[:, None] * weight_stride_i + d * weight_stride_d,
+                mask=(i[:, None] < D_IN) & (d < D),
+                other=0.0,
+            )
+            votes += product(x, w, weight.dtype.element_ty)
+        norm2 += tl.sum(votes * votes, 1, keep_dims=True)
+    out += (user * tl.num_programs(2) + k) * length + at
+    tl.store(out, _inverse_norm(norm2), mask=at < length)
 
 
 @triton.jit(do_not_specialize=["length", "iterations"])
@@ -247,6 +280,7 @@ def _dynamic_routing_forward_kernel(
     logits,
     mask,
     capsule_mask,
+    inverse_norms,
     out,
     coupling,
     pooled_out,
@@ -293,6 +327,8 @@ def _dynamic_routing_forward_kernel(
         logits += user * logits_stride_b
     if mask is not None:
         mask += user * mask_stride_b
+    if inverse_norms is not None:
+        inverse_norms += user * length * (1 if WEIGHT == SHARED else K)
     k = tl.arange(0, K_TILE)[:, None]
     i = tl.arange(0, I_TILE)[None, :]
     coupling += (user * K + k) * length
@@ -310,6 +346,10 @@ def _dynamic_routing_forward_kernel(
         )  # fmt: skip
         first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
         real = load_real(mask, 0, mask_stride_l, length, L_TILE)
+        if NORMALIZE:
+            inverse = _load_inverse_norms(
+                inverse_norms, x, 0, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
+            )
     back = tl.zeros([K_TILE, I_TILE], tl.float32)
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
     top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
@@ -352,6 +392,10 @@ def _dynamic_routing_forward_kernel(
                         logits, start, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
                     )
                     real = load_real(mask, start, mask_stride_l, length, L_TILE)
+                    if NORMALIZE:
+                        inverse = _load_inverse_norms(
+                            inverse_norms, x, start, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
+                        )
                 at = start + tl.arange(0, L_TILE)[None, :]
                 logit = first
                 if AGAIN:
@@ -360,10 +404,7 @@ def _dynamic_routing_forward_kernel(
                     else:
                         agreement = product(back, tl.trans(x), STORAGE)
                     if NORMALIZE:
-                        agreement *= _inverse_norms(
-                            x, weight, weight_stride_k, weight_stride_i, weight_stride_d,
-                            OWN_VOTES, WEIGHT, K, D_IN, D, K_TILE, L_TILE, I_TILE, D_TILE,
-                        )  # fmt: skip
+                        agreement *= inverse
                     if UPDATE == REPLACE:
                         logit = agreement
                     elif UPDATE == COUPLING:
@@ -564,15 +605,44 @@ def _tiling(
         d_tile = min(padded(weight.shape[-1], 16), max(16, _TILE_ELEMENTS // i_tile))
     elements = max(per_position * l_tile, 0 if weight is None else i_tile * d_tile)
     outputs = k_tile * max(l_tile, i_tile, d_tile)
+    warps = max(1, elements // 1024, outputs // 256, i_tile // 16)
+    if weight is not None and weight.dtype is torch.float32 and (weight.dim() == 3 or k_tile > 8):
+        # Products in float32 hold whole operands, next to the tile of inputs.
+        warps *= 2
     return {
         "K_TILE": k_tile,
         "L_TILE": l_tile,
         "I_TILE": i_tile,
         "D_TILE": d_tile,
-        "num_warps": min(8, max(1, elements // 1024, outputs // 256, i_tile // 16)),
+        "num_warps": min(8, warps),
         "num_stages": 1,
         "maxnreg": MOST_REGISTERS,
     }
+
+
+def _inverse_norms(inputs: Tensor, weight: Tensor) -> Tensor:
+    """One over the lengths of the votes [B,1,L], or [B,K,L] with a weight per capsule."""
+    batch, length, d_in = inputs.shape
+    rows = 1 if weight.dim() == 2 else weight.shape[0]
+    out = inputs.new_empty(batch, rows, length, dtype=torch.float32)
+    l_tile = min(padded(length, 16), 32)
+    launch(
+        _inverse_norms_kernel,
+        (batch, triton.cdiv(length, l_tile), rows),
+        inputs,
+        weight,
+        out,
+        length,
+        *inputs.stride(),
+        *_strides(weight, 3),
+        D_IN=d_in,
+        D=weight.shape[-1],
+        L_TILE=l_tile,
+        I_TILE=min(padded(d_in, 16), 32),
+        D_TILE=min(padded(weight.shape[-1], 16), 64),
+        num_warps=4,
+    )
+    return out
 
 
 def dynamic_routing(
@@ -607,11 +677,9 @@ def dynamic_routing(
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
     kind = _kind(inputs, weight)
     tiles = _tiling(num_capsules, length, d_in, weight, kind["OWN_VOTES"])
-    if normalize_agreement and weight is not None:
-        # A tile of votes needs registers as well.
-        tiles["L_TILE"] = min(tiles["L_TILE"], 16)
-        tiles["D_TILE"] = min(tiles["D_TILE"], 32)
-        tiles["num_warps"] = min(8, 4 * tiles["num_warps"])
+    inverse_norms = None
+    if normalize_agreement and weight is not None and iterations > 1:
+        inverse_norms = _inverse_norms(inputs, weight)
     if inputs.dim() == 3:
         inputs = inputs[:, None]
     launch(
@@ -622,6 +690,7 @@ def dynamic_routing(
         logits,
         mask,
         capsule_mask,
+        inverse_norms,
         out,
         coupling,
         pooled,
@@ -642,7 +711,7 @@ def dynamic_routing(
         AXIS=softmax_over,
         PADDING=padding,
         UPDATE=update,
-        NORMALIZE=normalize_agreement,
+        NORMALIZE=normalize_agreement and iterations > 1,
         INNER=squash if inner_squash else IDENTITY.value,
         FINAL=squash if final_squash else IDENTITY.value,
         WHOLE=length <= tiles["L_TILE"],

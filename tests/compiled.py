@@ -158,6 +158,12 @@ def _calls() -> Iterator[tuple[str, Call]]:
         over_inputs = {"k": 10, "d_in": 64, "d": 64, "softmax_over": "inputs", "padding": "ignore"}
         call = routing_call(**over_inputs, weight="per_capsule", history="mask", dtype=dtype)
         yield f"over inputs {name}", call.trainable()
+        for weight in ("shared", "per_capsule"):
+            update = {"update": "coupling", "normalize_agreement": True, "weight": weight}
+            call = routing_call(
+                **update, length=50, k=8, d_in=64, d=64, history="mask", dtype=dtype
+            )
+            yield f"update {name}", call.trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
     for kind, build in EVERY_OP.items():
         yield kind, build().trainable()

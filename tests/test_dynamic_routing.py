@@ -202,7 +202,7 @@ UPDATE_MUTATIONS = {
     "update coupling": {"update": "coupling"},
     "normalize_agreement": {"normalize_agreement": True},
 }
-"""Of what CUDA C++ does not offer yet."""
+"""Of what CUDA C++ does not offer."""
 
 
 def changed(call, backend, options):
@@ -404,6 +404,14 @@ def test_large_history_with_every_update(backend, softmax_over):
     options = {"history": "mask", "softmax_over": softmax_over, "normalize_agreement": True}
     for weight, update in zip(("shared", "per_capsule"), UPDATES[1:], strict=True):
         routing_call(weight=weight, update=update, **options, **shape).verify(backend)
+
+
+@pytest.mark.parametrize("weight", ["shared", "per_capsule"])
+def test_wide_normalized_votes(backend, weight):
+    """Their lengths come from several chunks of the inputs and of the weight."""
+    shape = {"b": 2, "length": 5, "k": 2, "d_in": 40, "d": 70}
+    options = {"normalize_agreement": True, "update": "replace"}
+    routing_call(weight=weight, **shape, **options).verify(backend)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
