@@ -71,7 +71,7 @@ def _attend(values: Inputs, *tensors: Tensor) -> Tensor:
 
 
 def textbook(values: Inputs) -> tuple[Tensor, Tensor]:
-    """A row for each pair, of two users at a time: temporaries of 2 GB at D = 64."""
+    """A row for each pair, of two users at a time: several temporaries of 230 MB at D = 64."""
 
     def score(part: Inputs, guides: Tensor) -> Tensor:
         interests, items = part["interests"], part["items"]

@@ -290,6 +290,41 @@ def fusion_call(
     )
 
 
+def catalogue_call(
+    *,
+    b: int = 5,
+    n: int = 40,
+    k: int = 4,
+    d: int = 6,
+    prototypes: int | None = 3,
+    top: int = 7,
+    seen: int = 0,
+    bias_dims: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Call:
+    """`prototypes`: None gives every item its own; `seen` items per user at most."""
+    options = {"k": top}
+    if prototypes is not None:
+        options["prototype_ids"] = torch.randint(prototypes, (n,))
+    if seen:
+        counts = torch.randint(seen + 1, (b,))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        options["exclude"] = torch.randint(n, (int(counts.sum()),)), offsets
+    return Call(
+        ops.catalogue_top_k,
+        (
+            randn(b, k, d, dtype=dtype),
+            randn(n, d, dtype=dtype, scale=2 * d**-0.5),
+            randn(n if prototypes is None else prototypes, d, dtype=dtype, scale=2 * d**-0.5),
+            projections(d, dtype),
+            projections(d, dtype),
+            randn(2 * d, dtype=dtype, scale=d**-0.5),
+            randn(*(1,) * bias_dims, dtype=dtype),
+        ),
+        options,
+    )
+
+
 def mimnet_call(
     *,
     b: int = 5,

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from cases import EVERY_OP, Call, attention_call, routing_call  # noqa: E402
+from cases import EVERY_OP, Call, attention_call, catalogue_call, routing_call  # noqa: E402
 
 from bench import cases as sizes  # noqa: E402
 from mimnet_fast import backends, ops  # noqa: E402
@@ -165,6 +165,10 @@ def _calls() -> Iterator[tuple[str, Call]]:
             )
             yield f"update {name}", call.trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
+        for d in (10, 32, 64):
+            for prototypes, seen in ((3, 5), (None, 0)):
+                options = {"prototypes": prototypes, "seen": seen, "dtype": dtype}
+                yield f"catalogue D{d} {name}", catalogue_call(k=7, d=d, n=999, **options)
     for kind, build in EVERY_OP.items():
         yield kind, build().trainable()
 
@@ -203,7 +207,8 @@ def variants(calls: Iterable[tuple[str, Call]], architectures: Sequence[str]) ->
             with _Launchers(), suppress(backends.BackendUnavailable):
                 outputs = call.map(_on_meta).outputs()
                 used = [out for out in outputs if out.requires_grad]
-                torch.autograd.backward(used, [torch.empty_like(out) for out in used])
+                if used:
+                    torch.autograd.backward(used, [torch.empty_like(out) for out in used])
     triton.knobs.runtime.jit_cache_hook = None
     return list(found.values())
 

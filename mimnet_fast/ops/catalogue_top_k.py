@@ -101,7 +101,8 @@ def catalogue_top_k(
         )
     excluded, offsets = _check_exclude(exclude, batch, n, interests)
     _refuse_gradients(tensors)
-    chosen = backends.select("catalogue_top_k", backend, interests, unsupported(interests))
+    unsupported = _unsupported(interests, K=capsules, D=d, k=k)
+    chosen = backends.select("catalogue_top_k", backend, interests, unsupported)
     if chosen == "reference":
         return reference.catalogue_top_k(
             *tensors[:3],
@@ -140,12 +141,18 @@ def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
         )
 
 
-def unsupported(like: Tensor) -> dict[str, list[str]]:
-    """By backend, why it has no kernel for tensors like these."""
+def _unsupported(like: Tensor, **sizes: int) -> dict[str, list[str]]:
     on_cpu = like.device.type == "cpu"
+    # Beyond these a program's tiles do not fit registers.
+    most = {"K": 16, "D": 32 if like.dtype is torch.float32 else 64, "k": 64}
     return {
         "native": [] if on_cpu else ["no CUDA kernel for catalogue_top_k in this version"],
-        "triton": ["no Triton kernel for catalogue_top_k in this version"],
+        "triton": [
+            f"no Triton kernel for catalogue_top_k with {name} = {size} in this version, "
+            f"at most {most[name]} in {like.dtype}"
+            for name, size in sizes.items()
+            if size > most[name]
+        ],
     }
 
 
