@@ -12,10 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from bench import baselines, cases, compare, memory, report  # noqa: E402
-from mimnet_fast import ops  # noqa: E402
+from bench import baselines, cases, compare, memory, report
+from mimnet_fast import ops
 
 TINY = cases.Case("tiny", batch=6, length=30, capsules=2, width=5, hidden=7)
 EAGER = {op: [name for name in baselines.names(op) if "compile" not in name] for op in cases.CASES}

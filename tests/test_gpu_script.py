@@ -10,9 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from bench import baselines, cases, clock, compare, gpu, report  # noqa: E402
+from bench import baselines, cases, clock, compare, gpu, report
 
 
 def script(*arguments):
