@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
 from bench import baselines, cases, compare, memory, report
 from mimnet_fast import ops
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = cases.Case("tiny", batch=6, length=30, capsules=2, width=5, hidden=7)
 EAGER = {op: [name for name in baselines.names(op) if "compile" not in name] for op in cases.CASES}

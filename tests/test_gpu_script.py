@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 from bench import baselines, cases, clock, compare, gpu, report
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(*arguments):
