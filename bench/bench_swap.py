@@ -1,6 +1,7 @@
 """Layers of other projects against themselves after `swap`, forward and backward.
 
 `pytest bench/bench_swap.py --benchmark-only`: in each group the column in brackets is the factor.
+`python -m bench.bench_swap`: peak bytes of either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from bench import memory
 from bench.baselines import OURS, WrongResultError
 from mimnet_fast import swap
 
@@ -48,6 +50,8 @@ def _rechub(bilinear_type: int) -> tuple[Module, tuple[Tensor, ...]]:
     return layer, (torch.randn(256, 50, 16), torch.ones(256, 50, dtype=torch.long))
 
 
+_CONTENDERS = (OURS, "as published")
+
 _LAYERS: dict[str, Callable[[], tuple[Module, tuple[Tensor, ...]]]] = {
     "mind": lambda: _rechub(0),
     "comirec_dr": lambda: _rechub(2),
@@ -55,12 +59,8 @@ _LAYERS: dict[str, Callable[[], tuple[Module, tuple[Tensor, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("contender", [OURS, "as published"])
-@pytest.mark.parametrize("name", _LAYERS)
-def test_swap(
-    benchmark: BenchmarkFixture, name: str, contender: str, pytestconfig: pytest.Config
-) -> None:
-    torch.set_num_threads(pytestconfig.getoption("threads"))
+def _step(name: str, contender: str) -> tuple[Callable[[], None], str]:
+    """A step of a layer, and what `swap` says of the layer."""
     torch.manual_seed(0)
     layer, inputs = _LAYERS[name]()
     handle = swap(layer, inputs)
@@ -77,6 +77,24 @@ def test_swap(
         inputs[0].grad = None
         layer(*inputs).backward(direction)
 
-    benchmark.group = f"{name}: {handle.report[0].outcome}"
+    return step, f"{name}: {handle.report[0].outcome}"
+
+
+@pytest.mark.parametrize("contender", _CONTENDERS)
+@pytest.mark.parametrize("name", _LAYERS)
+def test_swap(
+    benchmark: BenchmarkFixture, name: str, contender: str, pytestconfig: pytest.Config
+) -> None:
+    torch.set_num_threads(pytestconfig.getoption("threads"))
+    step, benchmark.group = _step(name, contender)
     benchmark.name = contender
     benchmark(step)
+
+
+if __name__ == "__main__":
+    memory.with_allocator()
+    torch.set_num_threads(2)
+    for layer_name in _LAYERS:
+        for contender_name in _CONTENDERS:
+            peak = memory.peak_bytes(_step(layer_name, contender_name)[0])
+            print(f"{layer_name:<12}{contender_name:<14}{peak / 1e6:>8.1f} MB")

@@ -31,6 +31,12 @@ ALLOCATOR = {
 }
 
 
+def with_allocator() -> None:
+    """Start this process anew with `ALLOCATOR`, which is read at a start, unless it has it."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ALLOCATOR})
+
+
 def _resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -107,9 +113,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     cases.add_arguments(parser)
     options = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        # The allocator reads its settings when a process starts.
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ALLOCATOR})
+    with_allocator()
     torch.set_num_threads(options.threads)
     for op, case in cases.selected(options):
         call = cases.make_call(op, case, cases.DTYPES[options.dtype])
