@@ -29,6 +29,8 @@ from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.significance import Cell, paired_p, summarize
 from mimnet_fast.cdr.studies import sweep_variants
 
+from .killing import KilledError, KillingProgress
+
 QUIET = Progress(disable=True)
 CONFIG = Config(
     learning_rate=0.1,
@@ -252,27 +254,12 @@ def test_plans_without_sense_are_refused(arguments: dict[str, Any], message: str
         plan("tgt", "tgt")
 
 
-class _KilledError(BaseException):
-    """What a killed process looks like from inside: nothing catches it."""
-
-
-class _KillingProgress(Progress):
-    def __init__(self, updates: int) -> None:
-        super().__init__(disable=True)
-        self.left = updates
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise _KilledError
-
-
 @pytest.mark.parametrize("updates", [2, 17, 40])
 def test_an_interrupted_grid_goes_on_to_the_same_bits(
     dataset: Dataset, finished: Path, tmp_path: Path, updates: int
 ) -> None:
-    with pytest.raises(_KilledError):
-        run_grid(dataset, CONFIG, plan(*NAMES), tmp_path, _KillingProgress(updates))
+    with pytest.raises(KilledError):
+        run_grid(dataset, CONFIG, plan(*NAMES), tmp_path, KillingProgress(updates))
     run_grid(dataset, CONFIG, plan(*NAMES), tmp_path, QUIET)
     assert numbers(tmp_path) == numbers(finished)
 

@@ -23,24 +23,9 @@ from mimnet_fast.cdr.training import (
     stored_predictions,
 )
 
+from .killing import KilledError, KillingProgress
+
 QUIET = Progress(disable=True)
-
-
-class _KilledError(BaseException):
-    """What a killed process looks like from inside: nothing catches it."""
-
-
-class _KillingProgress(Progress):
-    """Ends the process, in a manner of speaking, at its n-th update."""
-
-    def __init__(self, updates: int) -> None:
-        super().__init__(disable=True)
-        self.left = updates
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise _KilledError
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -73,8 +58,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     dataset: Dataset, finished: tuple[Path, Config], tmp_path: Path, updates: int
 ) -> None:
     expected, config = finished
-    with pytest.raises(_KilledError):
-        run(dataset, config, MODELS, tmp_path, _KillingProgress(updates))
+    with pytest.raises(KilledError):
+        run(dataset, config, MODELS, tmp_path, KillingProgress(updates))
     run(dataset, config, MODELS, tmp_path, QUIET)
     assert files(tmp_path) == files(expected)
 

@@ -14,9 +14,13 @@ from mimnet_fast.cdr.protocol import Phase
 class MappingModel(TransferModel):
     """Base of the models whose examples are the training users of both domains, one row each."""
 
+    mapping: Module
+    """What `transfer` applies, where a model has no other way."""
+
     def transfer(self, users: Tensor) -> Tensor:
         """Source users ``[B, D]`` as target users ``[B, D]``."""
-        raise NotImplementedError
+        mapped: Tensor = self.mapping(users)
+        return mapped
 
     def forward(
         self,

@@ -39,11 +39,6 @@ class SSCDR(MappingModel):
         super().__init__()
         self.mapping = build_mapping(kind, features, bias=True)
 
-    def transfer(self, users: Tensor) -> Tensor:
-        """See `MappingModel.transfer`."""
-        mapped: Tensor = self.mapping(users)
-        return mapped
-
     def loss(
         self, inputs: FrozenInputs, batch: tuple[Tensor, ...], generator: torch.Generator
     ) -> Tensor:
