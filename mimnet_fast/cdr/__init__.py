@@ -2,7 +2,8 @@
 
 Data flows one way: `download` (public files), `readers`, `cleaning` and `dataset` (raw files to a
 prepared folder), `protocol` (who is tested on what), `models`, `training` (one model), `experiment`
-(all of a run), `results`; `grids` (many runs), `significance`, `reports`.
+(all of a run), `results`; `grids` (many runs), `significance`, `reports`; `packing`
+and `serving` (recommendations of a trained model).
 """
 
 from importlib.util import find_spec

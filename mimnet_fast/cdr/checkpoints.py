@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.errors import UserError
 
+if TYPE_CHECKING:  # what is read as arrays is read without torch
+    from numpy import ndarray
+    from torch import Tensor
+
 _KEY = "mimnet_fast"
 
 
-def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write ``tensors`` with ``record`` as JSON in the file's header."""
+    from safetensors.torch import save_file
+
     with atomic_file(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={_KEY: json.dumps(record)})
@@ -29,8 +34,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: the file is damaged or comes from elsewhere.
     """
+    return _read(path, "pt")
+
+
+def load_arrays(path: Path) -> tuple[dict[str, ndarray], dict[str, Any]]:
+    """The same as NumPy arrays, without torch."""
+    return _read(path, "np")
+
+
+def _read(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             record = json.loads((file.metadata() or {})[_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -41,8 +42,10 @@ from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import ABLATIONS, MODELS
+from mimnet_fast.cdr.packing import MODEL, pack
 from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
+from mimnet_fast.cdr.serving import Recommender
 from mimnet_fast.cdr.studies import SWEPT, sweep_variants
 from mimnet_fast.cdr.synthetic import Synthetic
 
@@ -269,11 +272,48 @@ def train(
     data = Dataset.load(dataset)
     with _progress() as progress:
         found = run(data, config, names, out, progress)
+    recommender = pack(dataset, out) if MODEL in names else None
     if as_json:
         print(json.dumps(found, indent=2))
         return
     Console().print(results.table(found, f"Cold-start users, beta {beta}, seed {seed}"))
     print(f"results in {out / 'results.md'} and {out / 'results.json'}")
+    if recommender:
+        print(f"for mimnet-fast recommend: {recommender}")
+
+
+@app.command(cls=_ListOptions)
+def recommend(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of mimnet, or its file.")],
+    user: Annotated[
+        list[str], typer.Option(help="Ids of users of the source domain.", show_default=False)
+    ] = [],  # noqa: B006
+    history: Annotated[
+        list[str], typer.Option(help="Instead: source items that a new user likes, oldest first.")
+    ] = [],  # noqa: B006
+    top_k: Annotated[int, typer.Option(help="Items per user.")] = 20,
+    seen: Annotated[bool, typer.Option("--seen", help="Also items that the user rated.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend target items to users of the source domain, by the model that `train` left."""
+    recommender = Recommender.load(checkpoint)
+    found = recommender.recommend(
+        user or None,
+        histories=[history] if history else None,
+        top_k=top_k,
+        exclude_seen=not seen,
+    )
+    if as_json:
+        listed = [
+            {"user": name or None, "items": [each._asdict() for each in items]}
+            for name, items in zip(user or [""], found, strict=True)
+        ]
+        print(json.dumps(listed, indent=2))
+        return
+    for name, items in zip(user or ["a new user"], found, strict=True):
+        rows = [(escape(each.item), f"{each.score:.3f}") for each in items]
+        title = f"For {escape(name)}"
+        Console().print(results.screen_table(("item", "score"), rows, title=title, caption=""))
 
 
 @app.command(cls=_ListOptions)

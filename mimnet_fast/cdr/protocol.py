@@ -87,10 +87,10 @@ def split(
             f"beta {beta} of {dataset.num_overlap} users of both domains leaves {len(test)} test, "
             f"{len(validation)} validation and {len(fitting)} training users, need one of each"
         )
-    histories, lengths = _histories(dataset, history_order)
+    found, lengths = histories(dataset, dataset.num_overlap, history_order)
     return Split(
         train_source=dataset.source,
-        histories=histories,
+        histories=found,
         lengths=lengths,
         selection=_phase(dataset, hidden=np.concatenate([test, validation]), measured=validation),
         final=_phase(dataset, hidden=test, measured=test),
@@ -118,11 +118,12 @@ def _phase(dataset: Dataset, *, hidden: np.ndarray, measured: np.ndarray) -> Pha
     )
 
 
-def _histories(dataset: Dataset, order: HistoryOrder) -> tuple[Tensor, Tensor]:
+def histories(dataset: Dataset, users: int, order: HistoryOrder) -> tuple[Tensor, Tensor]:
+    """Liked source items of the first ``users`` source users, as in `Split`: ids and lengths."""
     source = dataset.source
-    liked = source.where((source.values > LIKED_ABOVE) & (source.users < dataset.num_overlap))
-    users, items = liked.users.numpy(), liked.items.numpy()
-    keys = [users]
+    liked = source.where((source.values > LIKED_ABOVE) & (source.users < users))
+    owners, items = liked.users.numpy(), liked.items.numpy()
+    keys = [owners]
     if order == "time":
         if liked.timestamps is None:
             raise UserError(
@@ -131,13 +132,13 @@ def _histories(dataset: Dataset, order: HistoryOrder) -> tuple[Tensor, Tensor]:
             )
         keys.insert(0, liked.timestamps.numpy())
     by_user = np.lexsort(keys)  # stable, so equal keys stay in file order
-    users, items = users[by_user], items[by_user]
+    owners, items = owners[by_user], items[by_user]
 
-    counts = np.bincount(users, minlength=dataset.num_overlap)
+    counts = np.bincount(owners, minlength=users)
     lengths = np.minimum(counts, HISTORY_LENGTH)
-    left_in_user = np.cumsum(counts)[users] - np.arange(len(users))
-    column = lengths[users] - left_in_user
+    left_in_user = np.cumsum(counts)[owners] - np.arange(len(owners))
+    column = lengths[owners] - left_in_user
     recent = column >= 0
-    histories = np.full((dataset.num_overlap, HISTORY_LENGTH), dataset.num_source_items)
-    histories[users[recent], column[recent]] = items[recent]
-    return torch.from_numpy(histories), torch.from_numpy(lengths)
+    found = np.full((users, HISTORY_LENGTH), dataset.num_source_items)
+    found[owners[recent], column[recent]] = items[recent]
+    return torch.from_numpy(found), torch.from_numpy(lengths)
