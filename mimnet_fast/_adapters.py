@@ -29,6 +29,13 @@ def _is(layer: Module, classes: str, attributes: str) -> bool:
     return named and all(hasattr(layer, name) for name in attributes.split())
 
 
+def _route(*args: Any, **options: Any) -> Tensor:
+    """The capsules of the op."""
+    capsules = ops.dynamic_routing(*args, **options)
+    assert isinstance(capsules, Tensor)
+    return capsules
+
+
 def _once(iterations: int) -> int:
     """Weighted sums of code that always does the last one."""
     return max(1, iterations)
@@ -59,7 +66,7 @@ def comirec(layer: Any) -> Forward | str | None:
             weight = layer.linear.weight.reshape(k, -1, item_eb.shape[-1]).mT
         else:
             weight = layer.w[0].reshape(layer.w.shape[1], k, -1, item_eb.shape[-1]).mT
-        capsules = ops.dynamic_routing(
+        capsules = _route(
             item_eb,
             weight,
             logits,
@@ -87,7 +94,7 @@ def mimnet_capsules(layer: Any) -> Forward | None:
         batch, length, _ = behavior_embs.shape
         shape = (batch, layer.k_max, length)
         logits = torch.normal(0.0, layer.init_std, shape, device=layer.device)
-        return ops.dynamic_routing(
+        return _route(
             behavior_embs,
             layer.bilinear_mapping_matrix,
             logits.to(behavior_embs.dtype),
@@ -116,7 +123,7 @@ def easyrec(layer: Any) -> Forward | str | None:
         if not layer._const_caps_num:
             present = seq_len.float().log2().clamp(1, k)
         capsule_mask = torch.arange(k, device=device) < present[:, None]
-        capsules = ops.dynamic_routing(
+        capsules = _route(
             inputs,
             layer.bilinear_matrix,
             (drawn * layer._routing_logits_stddev).mT,
@@ -155,7 +162,7 @@ def dense_capsule(layer: Any) -> Forward | None:
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         weight = layer.weight.permute(1, 0, 3, 2)  # from [K, L, D, D_in]
-        return ops.dynamic_routing(x, weight, iterations=layer.routings, squash="norm_plus_eps")
+        return _route(x, weight, iterations=layer.routings, squash="norm_plus_eps")
 
     return forward
 
@@ -168,7 +175,7 @@ def routing_capsules(layer: Any) -> Forward | None:
     def forward(layer: Any, x: Tensor) -> Tensor:
         weight = layer.W[0].permute(1, 0, 3, 2)  # from [1, K, L, D, D_in]
         passes = _once(layer.num_routing)
-        return ops.dynamic_routing(x, weight, iterations=passes, squash="norm_plus_eps")
+        return _route(x, weight, iterations=passes, squash="norm_plus_eps")
 
     return forward
 
@@ -183,7 +190,7 @@ def gram_capsules(layer: Any) -> Forward | None:
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         logits = getattr(layer, "route_logits", None)  # [K, 1, L, 1, 1]
-        capsules = ops.dynamic_routing(
+        capsules = _route(
             x,
             layer.route_weights.transpose(0, 1),
             None if logits is None else logits[:, 0, :, 0, 0][None],
@@ -198,7 +205,7 @@ def gram_capsules(layer: Any) -> Forward | None:
 
 
 def _agreement(routing: Any, inputs: Tensor, weight: Tensor | None) -> Tensor:
-    return ops.dynamic_routing(
+    return _route(
         inputs,
         weight,
         routing.b.mT[None],

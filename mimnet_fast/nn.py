@@ -148,8 +148,12 @@ class DynamicRouting(Module):
         offsets: Tensor | None = None,
         logits: Tensor | None = None,
         capsule_mask: Tensor | None = None,
-    ) -> Tensor:
-        """``[B, L, D_in]``, or jagged ``[T, D_in]`` with offsets, to capsules ``[B, K, D]``."""
+        return_coupling: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``[B, L, D_in]``, or jagged ``[T, D_in]`` with offsets, to capsules ``[B, K, D]``.
+
+        With ``return_coupling`` also how much of every input went to every capsule, see the op.
+        """
         inputs, offsets = unpack("inputs", inputs, offsets)
         if logits is None and self.initial_logits == "normal":
             shape = (*inputs.shape[:-2], self.num_capsules, inputs.shape[-2])
@@ -166,6 +170,7 @@ class DynamicRouting(Module):
             lengths=lengths,
             offsets=offsets,
             capsule_mask=capsule_mask,
+            return_coupling=return_coupling,
             backend=self.backend,
             **self.options,
         )

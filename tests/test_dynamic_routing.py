@@ -212,7 +212,7 @@ def changed(call, backend, options):
 
 def unsaturated(call):
     """The call with vectors short enough for a squash and a softmax to be far from 1."""
-    return call.map(lambda t: t if t.dtype is torch.bool else t / 5)
+    return call.map(lambda t: t / 5 if t.is_floating_point() else t)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -305,6 +305,40 @@ def test_lengths_are_a_mask(backend):
     expected = call(backend=backend, lengths=None, mask=mask)
     for dtype in (torch.int32, torch.int64):
         assert torch.equal(call(backend=backend, lengths=lengths.to(dtype)), expected)
+
+
+COUPLINGS = [
+    {"history": "mask", "padding": padding, "softmax_over": axis}
+    for padding in PADDINGS
+    for axis in SOFTMAX_AXES
+] + [
+    {"iterations": 1, "absent_capsules": True, "history": "lengths"},
+    {"weight": "per_capsule", "absent_capsules": True, "temperature": 3.0, "dtype": torch.bfloat16},
+    {"weight": "votes", "logits": None, "history": "mask"},
+]
+CPU_COUPLINGS = [
+    {"weight": "per_position", "history": "mask"},
+    {"weight": "per_position", "gradient": "full", "history": "lengths"},
+    *({"gradient": "full", "history": "mask", "update": update} for update in UPDATES),
+]
+
+
+@pytest.mark.parametrize("options", COUPLINGS, ids=option_id)
+def test_coupling(backend, options):
+    unsaturated(routing_call(**options, return_coupling=True)).verify(backend)
+
+
+@pytest.mark.parametrize("options", CPU_COUPLINGS, ids=option_id)
+def test_coupling_of_the_cpu(backend, options):
+    gentle(routing_call(**options, return_coupling=True)).verify(backend)
+
+
+def test_coupling_is_a_constant(any_backend):
+    call = routing_call(return_coupling=True, dtype=torch.bfloat16).trainable()
+    capsules, coupling = call(backend=any_backend)
+    assert capsules.requires_grad
+    assert not coupling.requires_grad
+    assert coupling.dtype is torch.bfloat16
 
 
 def test_padding_content_does_not_matter(backend):

@@ -101,6 +101,8 @@ def test_dynamic_routing(weight):
         module(inputs, logits=logits, lengths=lengths),
         ops.dynamic_routing(inputs, module.weight, logits, lengths=lengths, **options),
     )
+    _, coupling = module(inputs, logits=logits, lengths=lengths, return_coupling=True)
+    assert coupling.shape == (5, 3, 6)
 
 
 def test_a_weight_per_position_serves_shorter_histories():

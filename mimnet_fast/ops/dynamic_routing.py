@@ -60,8 +60,9 @@ def dynamic_routing(
     squash: str = "sqrt_eps",
     eps: float = 1e-8,
     power: float = 1.0,
+    return_coupling: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Route L inputs to K capsules by agreement (Sabour et al. 2017; MIND, Li et al. 2019).
 
     With votes ``u_klj = (x_l W)_j`` and routing logits ``b``, every iteration computes::
@@ -110,10 +111,13 @@ def dynamic_routing(
         squash: Form of the squash, see :func:`mimnet_fast.ops.squash`.
         eps: Of the squash.
         power: Of the squash.
+        return_coupling: Also return ``c`` of the last iteration: how much of every input went to
+            every capsule.
         backend: See :mod:`mimnet_fast.backends`.
 
     Returns:
-        The capsules ``[B, K, D]``.
+        The capsules ``[B, K, D]``; with ``return_coupling`` also the coupling ``[B, K, L]``
+        (``[K, T]`` for jagged inputs), a constant through which no gradient flows.
 
     Raises:
         ValueError: for shapes, counts or options that do not fit, naming the argument.
@@ -128,6 +132,10 @@ def dynamic_routing(
         >>> offsets = torch.tensor([0, 5, 5, 6])  # of 5, 0 and 1 items
         >>> dynamic_routing(torch.ones(6, 4), w, torch.zeros(3, 6), offsets=offsets).shape
         torch.Size([3, 3, 4])
+        >>> _, coupling = dynamic_routing(x, w, b + torch.tensor([9.0, 0, 0])[:, None],
+        ...                               return_coupling=True)
+        >>> coupling[0, :, 0].round(decimals=3)
+        tensor([1., 0., 0.])
     """
     inputs, offsets = _jagged.unpack("inputs", inputs, offsets)
     jagged = offsets is not None
@@ -223,7 +231,7 @@ def dynamic_routing(
         ]
     chosen = backends.select("dynamic_routing", backend, inputs, unsupported)
     if chosen == "reference":
-        return _reference(
+        capsules, coupling = _reference(
             inputs,
             weight,
             logits,
@@ -243,27 +251,28 @@ def dynamic_routing(
             eps=eps,
             power=power,
         )
-    capsules, _, _ = _CALLS[chosen](
-        inputs,
-        weight,
-        logits if logits is None or full else logits.detach(),
-        real,
-        capsule_mask,
-        k,
-        iterations,
-        axis_code,
-        padding_code,
-        update_code,
-        normalize_agreement,
-        full,
-        inner_squash,
-        final_squash,
-        temperature,
-        squash_code,
-        eps,
-        power,
-    )
-    return capsules
+    else:
+        capsules, coupling, _ = _CALLS[chosen](
+            inputs,
+            weight,
+            logits if logits is None or full else logits.detach(),
+            real,
+            capsule_mask,
+            k,
+            iterations,
+            axis_code,
+            padding_code,
+            update_code,
+            normalize_agreement,
+            full,
+            inner_squash,
+            final_squash,
+            temperature,
+            squash_code,
+            eps,
+            power,
+        )
+    return (capsules, coupling.detach().to(capsules.dtype)) if return_coupling else capsules
 
 
 def _given_positions(weight: Tensor | None, logits: Tensor | None) -> int | None:
@@ -280,9 +289,10 @@ def _reference(
     real: Tensor | None,
     k: int,
     **options: Any,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The reference on what the op takes: jagged inputs are padded."""
-    if inputs.dim() == 2:
+    jagged = inputs.dim() == 2
+    if jagged:
         assert real is not None
         given = _given_positions(weight, logits)
         length = _jagged.longest(real) if given is None else given
@@ -290,13 +300,14 @@ def _reference(
             logits = _jagged.pad_logits(logits, real, length)
         inputs, real = _jagged.pad(inputs, real, length)
     length = inputs.shape[-2]
-    return reference.dynamic_routing(
+    capsules, coupling = reference.dynamic_routing(
         inputs,
         weight,
         inputs.new_zeros(1, k, length) if logits is None else logits,
         mask=_checks.lengths_to_mask(real, length),
         **options,
     )
+    return capsules, coupling.mT[real].mT if jagged else coupling
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -386,7 +397,7 @@ def _backward(
                 squash=SQUASH_FORMS[squash],
                 eps=eps,
                 power=power,
-            )
+            )[0]
 
         grads = _autograd.reference_vjp(again, [x, weight, logits], needs, [grad])
     elif grad is not None:

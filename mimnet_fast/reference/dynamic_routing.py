@@ -82,8 +82,11 @@ def dynamic_routing(
     squash: str = "sqrt_eps",
     eps: float = 1e-8,
     power: float = 1.0,
-) -> Tensor:
-    """Textbook form: votes ``[B,K,L,D]`` are formed, then routed; ``logits`` ``[B or 1,K,L]``."""
+) -> tuple[Tensor, Tensor]:
+    """Textbook form: votes ``[B,K,L,D]`` are formed, then routed; ``logits`` ``[B or 1,K,L]``.
+
+    Returns the capsules and the coupling of the last iteration ``[B,K,L]``.
+    """
     batch = inputs.shape[0]
     logits = logits.expand(batch, -1, -1)
     every_vote = votes(inputs, weight).expand(-1, logits.shape[1], -1, -1)
@@ -110,7 +113,7 @@ def dynamic_routing(
         logits = _next_logits(logits, coupling, agreement, update)
     if final_squash:
         capsules = squash_reference(capsules, eps=eps, form=squash, power=power)
-    return capsules
+    return capsules, coupling
 
 
 @accumulate_in_float32
@@ -130,8 +133,8 @@ def dynamic_routing_reassociated(
     squash: str = "sqrt_eps",
     eps: float = 1e-8,
     power: float = 1.0,
-) -> Tensor:
-    """The same capsules without votes, for a weight that does not depend on the position.
+) -> tuple[Tensor, Tensor]:
+    """The same without votes, for a weight that does not depend on the position.
 
     ``sum_l c_l (x_l W) = (sum_l c_l x_l) W`` and ``v . (x_l W) = (v W^T) . x_l``, so routing stays
     in the input space and the weight meets K pooled vectors instead of L votes per capsule.
@@ -162,4 +165,4 @@ def dynamic_routing_reassociated(
         logits = logits + agreement
     if final_squash:
         capsules = squash_reference(capsules, eps=eps, form=squash, power=power)
-    return capsules
+    return capsules, coupling

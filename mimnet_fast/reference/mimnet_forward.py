@@ -45,7 +45,7 @@ class MIMNetParameters(NamedTuple):
 
 
 def _compose(
-    route: Callable[..., Tensor],
+    route: Callable[..., tuple[Tensor, Tensor]],
     bridge: Callable[..., Tensor],
     attend: Callable[..., tuple[Tensor, Tensor]],
     history: Tensor,
@@ -61,7 +61,7 @@ def _compose(
 ) -> Tensor:
     p = parameters
     embedded = history if table is None else embedding(history, table)
-    interests = route(
+    interests, _ = route(
         embedded, p.routing_weight, logits, mask=mask, iterations=iterations, padding=padding
     )
     transferred = bridge(interests, source, p.w1, p.b1, p.w2, p.b2)
