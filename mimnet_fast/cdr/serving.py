@@ -285,6 +285,7 @@ class _Torch:
         self.weights, self.iterations = weights.map(self.tensor), iterations
 
     def interests(self, ids: ndarray, lengths: ndarray, source: ndarray) -> ndarray:
+        from torch import Tensor
         from torch.nn.functional import embedding
 
         from mimnet_fast import ops
@@ -298,6 +299,7 @@ class _Torch:
             iterations=self.iterations,
             padding=_PADDING,
         )
+        assert isinstance(capsules, Tensor)
         found = ops.interest_bridge(capsules, self.tensor(source), w1, b1, w2, b2)
         return found.numpy(force=True)
 
