@@ -23,7 +23,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, prepare
 from mimnet_fast.cdr.evaluation import Errors, errors
 from mimnet_fast.cdr.experiment import BaseModels, run
-from mimnet_fast.cdr.models import MODELS
+from mimnet_fast.cdr.models import MODELS, MIMNet
 from mimnet_fast.cdr.synthetic import Synthetic
 from mimnet_fast.cdr.training import (
     adam,
@@ -127,7 +127,7 @@ def _stepper(stage1: BaseModels, backend: str, *, compiled: bool = False) -> Cal
     )
     generator = seeded_generator(config.seed, "compared batches")
     forward = torch.compile(model) if compiled else model
-    inputs = stage1.frozen("final", prototypes=True)
+    inputs = stage1.frozen("final", MIMNet)
     loss = squared_error(partial(forward, inputs, generator=generator))
     optimizer = adam(model, config.learning_rate)
     data = stage1.split.final.train_meta

@@ -40,6 +40,7 @@ from mimnet_fast.cdr.models import (
     TransferModel,
     item_prototypes,
 )
+from mimnet_fast.cdr.profiles import profiles
 from mimnet_fast.cdr.protocol import Phase, split
 from mimnet_fast.cdr.training import (
     Epoch,
@@ -55,7 +56,10 @@ from mimnet_fast.cdr.training import (
 PhaseName = Literal["selection", "final"]
 
 BIASED_SCALE, BIASED_DECAY = 0.1, 1e-3
-"""Initial size of embeddings and weight decay with the base `biased-mf`, in both stages."""
+"""Initial size and weight decay of the embeddings of the base `biased-mf`."""
+BIASED_TRANSFER_DECAY, BIASED_AVERAGING, BIASED_BALANCE = 1e-2, 0.998, 100.0
+"""Of the transfer models that stand on it: weight decay, the share of the old parameters in their
+moving average, and how many ratings of a user halve what each of them counts."""
 
 _BASE_SETTINGS = (
     "beta",
@@ -140,11 +144,11 @@ class BaseModels:
     def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
         self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
         self.raw = split(dataset, config.beta, config.seed, history_order=config.history_order)
-        biased = config.base == "biased-mf"
-        self.split = residuals(self.raw) if biased else self.raw
-        self.scale, self.weight_decay = (BIASED_SCALE, BIASED_DECAY) if biased else (1.0, 0.0)
+        self.biased = config.base == "biased-mf"
+        self.split = residuals(self.raw) if self.biased else self.raw
+        self.scale, weight_decay = (BIASED_SCALE, BIASED_DECAY) if self.biased else (1.0, 0.0)
         self.schedule = Schedule(
-            config.base_epochs, config.base_batch_size, config.learning_rate, self.weight_decay
+            config.base_epochs, config.base_batch_size, config.learning_rate, weight_decay
         )
         self.identity = {"dataset": dataset.fingerprint} | {
             name: getattr(config, name) for name in _BASE_SETTINGS
@@ -170,27 +174,39 @@ class BaseModels:
             keep_predictions=True,
         )
 
-    def frozen(
-        self, phase: PhaseName, *, prototypes: bool, untrained_rows: bool = False
-    ) -> FrozenInputs:
-        """What a transfer model is given in a phase; see `TransferModel` for the options."""
+    def frozen(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
+        """What a transfer model is given in a phase."""
         source, target = self.source()[0], self.target(phase)[0]
-        source_items = source.items.weight.detach()
-        target_items = target.items.weight.detach()
+        source_users, source_items, target_items = (
+            table.weight.detach() for table in (source.users, source.items, target.items)
+        )
+        user_weights = None
+        if self.biased:
+            user_weights = _user_weights(getattr(self.split, phase), self.dataset.num_overlap)
+            if model.uses_profiles:
+                source_users, source_items, target_items = (
+                    torch.cat(tables, 1)
+                    for tables in zip(
+                        (source_users, source_items, target_items),
+                        profiles(self.dataset, getattr(self.raw, phase)),
+                        strict=True,
+                    )
+                )
         inputs = FrozenInputs(
             histories=self.split.histories,
             lengths=self.split.lengths,
-            source_users=source.users.weight.detach(),
+            source_users=source_users,
             source_items=torch.cat([source_items, torch.zeros_like(source_items[:1])]),
             target_users=target.users.weight.detach(),
             target_items=target_items,
+            user_weights=user_weights,
         )
-        if not prototypes:
+        if not model.uses_prototypes:
             return inputs
         config = self.config
         seed = config.seed % 2**32  # what scikit-learn takes
         untrained = None
-        if untrained_rows:
+        if model.clusters_untrained_rows:
             generator = seeded_generator(config.seed, "untrained rows")
             shape = len(source_items) + 1, config.features  # one for empty histories
             untrained = self.scale * torch.randn(shape, generator=generator)
@@ -232,6 +248,17 @@ class BaseModels:
             )
             self._trained[name] = model, curve
         return self._trained[name]
+
+
+def _user_weights(phase: Phase, users: int) -> Tensor:
+    """What an error of each user counts, so that a few who rate a lot do not decide alone.
+
+    A user's errors are not independent. With n ratings each counts ``1 / (1 + n / BALANCE)``, times
+    what makes the mean over the ratings 1.
+    """
+    counts = torch.bincount(phase.train_meta.users, minlength=users)
+    weights = 1 / (1 + counts / BIASED_BALANCE)
+    return weights * (counts.sum() / (counts * weights).sum())
 
 
 def _is_target_model(name: str) -> bool:
@@ -301,15 +328,12 @@ def _transfer_job(
     model: TransferModel, stage1: BaseModels, phase: PhaseName, generator: torch.Generator
 ) -> _Job:
     config = stage1.config
-    inputs = stage1.frozen(
-        phase,
-        prototypes=model.uses_prototypes,
-        untrained_rows=model.clusters_untrained_rows,
-    )
+    inputs = stage1.frozen(phase, model)
+    regularization = (BIASED_TRANSFER_DECAY, BIASED_AVERAGING) if stage1.biased else (0.0, 0.0)
     return _Job(
         model,
         lambda *batch: model.loss(inputs, batch, generator),
         model.examples(inputs, getattr(stage1.split, phase)),
-        Schedule(config.epochs, config.batch_size, config.learning_rate, stage1.weight_decay),
+        Schedule(config.epochs, config.batch_size, config.learning_rate, *regularization),
         partial(model, inputs),
     )

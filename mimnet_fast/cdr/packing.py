@@ -18,6 +18,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import BaseModels
+from mimnet_fast.cdr.models import MIMNet
 from mimnet_fast.cdr.protocol import histories
 from mimnet_fast.cdr.serving import FORMAT, FORMAT_VERSION, NAME, history_means
 
@@ -48,7 +49,7 @@ def pack(prepared: Path, folder: Path) -> Path:
     config = Config(**{**found["config"], **model["settings"]})
     dataset = Dataset.load(prepared)
     stage1 = BaseModels(dataset, config, folder, Progress(disable=True))
-    inputs = stage1.frozen("final", prototypes=True)
+    inputs = stage1.frozen("final", MIMNet)
     assert inputs.item_prototypes is not None
     prototypes, prototype_ids = torch.unique(inputs.item_prototypes, dim=0, return_inverse=True)
     ids, lengths = histories(dataset, dataset.num_source_users, config.history_order)

@@ -7,7 +7,8 @@ keeps what was predicted after each epoch, from which any error of any epoch can
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.errors import UserError
@@ -50,6 +52,9 @@ class Schedule:
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.0
+    averaging: float = 0.0
+    """Share that the past keeps in the moving average of the parameters, which is what is measured
+    and kept; 0 takes the parameters as they are."""
 
 
 def seeded_generator(seed: int, stream: str) -> torch.Generator:
@@ -114,6 +119,9 @@ def fit(
         after_epoch: Called with the number of a new epoch, from 1, before its checkpoint is
             written.
 
+    While ``evaluate`` and ``after_epoch`` run, the module has the average of its parameters if the
+    schedule asks for one.
+
     Returns:
         All epochs, those before a resumption too.
 
@@ -122,10 +130,11 @@ def fit(
     """
     identity = {**identity, **asdict(schedule)}
     optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
+    average = _average(module, schedule.averaging) if schedule.averaging else None
     curve: list[Epoch] = []
     predictions: list[Tensor] = []
     if checkpoint.exists():
-        curve, predictions = _restore(checkpoint, identity, module, optimizer, generator)
+        curve, predictions = _restore(checkpoint, identity, module, average, optimizer, generator)
     batches = -(-len(examples[0]) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
@@ -136,6 +145,8 @@ def fit(
         slices = zip(*columns, strict=True)
         for step, batch in enumerate(slices):
             losses[step] = training_step(optimizer, loss, *batch)
+            if average is not None:
+                average.update_parameters(module)
             if step % _STEPS_PER_REFRESH == 0:
                 progress.update(task, completed=(epoch - 1) * batches + step)
         if not losses.isfinite().all():
@@ -144,12 +155,13 @@ def fit(
                 f"{identity['name']}: the loss became {losses[step].item()} in batch {step + 1} of "
                 f"epoch {epoch}: lower --learning-rate (now {schedule.learning_rate})"
             )
-        measured = evaluate()
-        curve.append(Epoch(losses.mean().item(), *measured.errors))
-        if keep_predictions:
-            predictions.append(measured.predicted)
-        after_epoch(epoch)
-        _store(checkpoint, identity, module, optimizer, generator, curve, predictions)
+        with nullcontext() if average is None else _exchanged(module, average):
+            measured = evaluate()
+            curve.append(Epoch(losses.mean().item(), *measured.errors))
+            if keep_predictions:
+                predictions.append(measured.predicted)
+            after_epoch(epoch)
+        _store(checkpoint, identity, module, average, optimizer, generator, curve, predictions)
     progress.update(task, completed=total)
     return curve
 
@@ -166,16 +178,44 @@ def stored_predictions(checkpoint: Path) -> Tensor:
     return tensors[_PREDICTIONS]
 
 
+def _average(module: Module, averaging: float) -> AveragedModel:
+    """An exponential moving average, shorter while little was seen."""
+
+    def update(averages: Any, parameters: Any, seen: Tensor | int) -> None:
+        share = min(averaging, (1 + int(seen)) / (10 + int(seen)))
+        torch._foreach_lerp_(averages, parameters, 1 - share)
+
+    return AveragedModel(module, multi_avg_fn=update)
+
+
+@contextmanager
+def _exchanged(module: Module, average: AveragedModel) -> Iterator[None]:
+    """The module with the averaged parameters."""
+
+    def exchange() -> None:
+        for one, other in zip(module.parameters(), average.parameters(), strict=True):
+            one.data, other.data = other.data, one.data
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 def _store(
     path: Path,
     identity: dict[str, Any],
     module: Module,
+    average: AveragedModel | None,
     optimizer: Optimizer,
     generator: torch.Generator,
     curve: list[Epoch],
     predictions: list[Tensor],
 ) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["generator"] = generator.get_state()
@@ -190,6 +230,7 @@ def _restore(
     path: Path,
     identity: dict[str, Any],
     module: Module,
+    average: AveragedModel | None,
     optimizer: Optimizer,
     generator: torch.Generator,
 ) -> tuple[list[Epoch], list[Tensor]]:
@@ -201,15 +242,17 @@ def _restore(
             f"{path} was trained with {was}: name another --out or use the same settings"
         )
     state: dict[int, dict[str, Tensor]] = {}
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
             index, _, moment = name.partition(".")
             state.setdefault(int(index), {})[moment] = tensor
-        elif kind == "module":
-            weights[name] = tensor
-    module.load_state_dict(weights)
+        elif kind in weights:
+            weights[kind][name] = tensor
+    module.load_state_dict(weights["module"])
+    if average is not None:
+        average.load_state_dict(weights["average"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(tensors["generator"])
     predictions = list(tensors[_PREDICTIONS]) if _PREDICTIONS in tensors else []

@@ -18,7 +18,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import BaseModels, run
-from mimnet_fast.cdr.models import MODELS
+from mimnet_fast.cdr.models import MODELS, MIMNet
 from mimnet_fast.cdr.packing import pack
 from mimnet_fast.cdr.protocol import LIKED_ABOVE
 from mimnet_fast.cdr.serving import Recommender
@@ -64,7 +64,7 @@ def ratings(
     assert build is not None
     model = build(stage1.config)
     model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
-    inputs = stage1.frozen("final", prototypes=True)
+    inputs = stage1.frozen("final", MIMNet)
     if source is not None:
         inputs = replace(inputs, source_users=source)
     count = len(inputs.target_items)
@@ -132,7 +132,7 @@ def test_a_new_user_is_folded_in(
     trained: tuple[Path, BaseModels], recommender: Recommender, prepared: Path
 ) -> None:
     stage1 = trained[1]
-    data, tables = stage1.raw, stage1.frozen("final", prototypes=False)
+    data, tables = stage1.raw, stage1.frozen("final", MIMNet)
     source, count = stage1.dataset.source, stage1.dataset.num_source_users
     likes = source.where(source.values > LIKED_ABOVE)
     means = torch.stack(

@@ -13,14 +13,16 @@ from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import Errors, Evaluation
 from mimnet_fast.cdr.experiment import run
-from mimnet_fast.cdr.models import MODELS, TRIVIAL, MatrixFactorization
+from mimnet_fast.cdr.models import MODELS, TRIVIAL, MatrixFactorization, MIMNet
 from mimnet_fast.cdr.training import (
     Schedule,
+    adam,
     fit,
     seeded_generator,
     seeded_module,
     squared_error,
     stored_predictions,
+    training_step,
 )
 
 from .killing import KilledError, KillingProgress
@@ -117,12 +119,65 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     assert build is not None
     model = build(config)
     model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
-    inputs = stage1.frozen("final", prototypes=True)
+    inputs = stage1.frozen("final", MIMNet)
     found = experiment.evaluate(partial(model, inputs), stage1.split.final.evaluation)
     assert found.errors.mae == honest["mae"]
     stored = stored_predictions(folder / "final" / "mimnet.safetensors")
     assert stored.shape == (config.epochs, len(stage1.split.final.evaluation))
     assert stored[honest["mae_epoch"] - 1].equal(found.predicted)
+
+
+@pytest.mark.parametrize("updates", [None, 9, 14])
+def test_averaged_parameters_are_kept(
+    dataset: Dataset, tmp_path: Path, updates: int | None
+) -> None:
+    config = Config(beta=0.25, base="biased-mf", base_epochs=1, epochs=3, prototypes=4)
+    if updates is not None:
+        with pytest.raises(KilledError):
+            run(dataset, config, ["mimnet"], tmp_path, KillingProgress(updates))
+    found = run(dataset, config, ["mimnet"], tmp_path, QUIET)
+    stage1 = experiment.BaseModels(dataset, config, tmp_path, QUIET)
+    build = MODELS["mimnet"].build
+    assert build is not None
+    model = seeded_module(partial(build, config), config.seed, "mimnet")
+    inputs = stage1.frozen("final", MIMNet)
+    generator = seeded_generator(config.seed, "mimnet batches")
+    data: Any = stage1.split.final
+    optimizer = adam(model, config.learning_rate, experiment.BIASED_TRANSFER_DECAY)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step = 0
+    for _ in range(found["models"]["mimnet"]["honest"]["mae_epoch"]):
+        order = torch.randperm(len(data.train_meta), generator=generator)
+        for batch in order.split(config.batch_size):
+            columns = tuple(column[batch] for column in data.train_meta.columns())
+            training_step(optimizer, lambda *c: model.loss(inputs, c, generator), *columns)
+            share = min(experiment.BIASED_AVERAGING, (1 + step) / (10 + step)) if step else 0
+            for name, tensor in model.state_dict().items():
+                average[name] = torch.lerp(tensor, average[name], share)
+            step += 1
+    kept = checkpoints.load(tmp_path / "mimnet.safetensors")[0]
+    torch.testing.assert_close(kept, average)
+
+
+def test_errors_of_users_who_rate_a_lot_count_less(dataset: Dataset, tmp_path: Path) -> None:
+    config = Config(beta=0.25, base="biased-mf", base_epochs=1, prototypes=4)
+    stage1 = experiment.BaseModels(dataset, config, tmp_path, QUIET)
+    inputs = stage1.frozen("final", MIMNet)
+    users, items, values = stage1.split.final.train_meta.columns()
+    weights = inputs.user_weights
+    assert weights is not None
+    counts = users.bincount(minlength=len(weights))
+    assert weights[counts.argmax()] < weights[counts.argmin()]
+    torch.testing.assert_close(
+        weights * (100 + counts), (weights * (100 + counts)).mean().expand_as(weights)
+    )
+    build = MODELS["mimnet"].build
+    assert build is not None
+    model = build(config)
+    predicted = model(inputs, users, items, seeded_generator(1, "logits"))
+    loss = model.loss(inputs, (users, items, values), seeded_generator(1, "logits"))
+    expected = (weights[users] * (predicted - values).square()).sum() / weights[users].sum()
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mimnet_fast.cdr import biases
+from mimnet_fast.cdr import biases, profiles
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
 from mimnet_fast.cdr.models.ablation import Ablation, Part
@@ -67,9 +67,15 @@ _SETTINGS = ("epochs", "batch_size", "hidden", "backend")
 _MIMNET_SETTINGS = (*_SETTINGS, "interests", "iterations", "prototypes")
 
 
+def _width(config: Config, model: type[TransferModel]) -> int:
+    """D of the vectors that the model is given."""
+    profiled = model.uses_profiles and config.base == "biased-mf"
+    return config.features + (profiles.WIDTH if profiled else 0)
+
+
 def _mimnet(config: Config, model: type[MIMNet] = MIMNet) -> TransferModel:
     return model(
-        config.features,
+        _width(config, model),
         config.hidden,
         interests=config.interests,
         iterations=config.iterations,
@@ -84,7 +90,7 @@ def _single_interest(config: Config) -> TransferModel:
 
 def _ablation(config: Config, without: tuple[Part, ...]) -> TransferModel:
     return Ablation(
-        config.features,
+        _width(config, Ablation),
         config.hidden,
         interests=config.interests,
         iterations=config.iterations,

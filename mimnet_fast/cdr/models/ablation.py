@@ -42,7 +42,7 @@ class Ablation(TransferModel):
         backend: See `mimnet_fast.backends`.
     """
 
-    uses_prototypes = True
+    uses_prototypes = uses_profiles = True
 
     def __init__(
         self,

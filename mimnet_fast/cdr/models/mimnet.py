@@ -26,7 +26,7 @@ class MIMNet(TransferModel):
         backend: See `mimnet_fast.backends`.
     """
 
-    uses_prototypes = True
+    uses_prototypes = uses_profiles = True
     padding = "zero_after"
     evaluation_logits: Tensor
 

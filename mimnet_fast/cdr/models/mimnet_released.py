@@ -28,6 +28,7 @@ class MIMNetReleased(MIMNet):
             that are never trained, are clustered too.
     """
 
+    uses_profiles = False
     no_history: Tensor
     logits_seed: Tensor
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import Linear, ReLU, Sequential
-from torch.nn.functional import embedding, mse_loss
+from torch.nn.functional import embedding
 
 from mimnet_fast import nn
-from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel, weighted_squared_error
 
 VIEWS = 2
 
@@ -82,4 +82,6 @@ class REMIT(TransferModel):
         error = (seen.gather(1, drawn).squeeze(1) - values).square()
         reward = (seen.mean(1) - values).square() - error
         policy_loss = -(reward * log_weights.gather(1, drawn).squeeze(1)).mean()
-        return mse_loss((ratings * weights).sum(-1), values) + policy_loss
+        return (
+            weighted_squared_error(inputs, users, (ratings * weights).sum(-1), values) + policy_loss
+        )

@@ -34,6 +34,8 @@ class FrozenInputs:
     """``[target items, D]``"""
     item_prototypes: Tensor | None = None
     """``[target items, D]``, for models that use them: the prototype of each target item."""
+    user_weights: Tensor | None = None
+    """What an error of each user counts in training, ``[O]``; 1 where nothing is given."""
 
     @cached_property
     def neighbours(self) -> Tensor:
@@ -55,6 +57,8 @@ class TransferModel(Module):
     """Base of the stage-2 models: how a user known from the source rates a target item."""
 
     uses_prototypes = False
+    uses_profiles = False
+    """Whether vectors are given with `profiles` where the base model has them."""
     clusters_untrained_rows = False
     """Whether prototypes are also made of as many untrained rows as there are source items."""
 
@@ -80,4 +84,15 @@ class TransferModel(Module):
     ) -> Tensor:
         """Loss of some rows of the examples: the mean squared error of the ratings."""
         users, items, values = batch
-        return mse_loss(self(inputs, users, items, generator=generator), values)
+        return weighted_squared_error(
+            inputs, users, self(inputs, users, items, generator=generator), values
+        )
+
+
+def weighted_squared_error(
+    inputs: FrozenInputs, users: Tensor, predicted: Tensor, actual: Tensor
+) -> Tensor:
+    """The mean squared error of ratings, each weighted by its user."""
+    if inputs.user_weights is None:
+        return mse_loss(predicted, actual)
+    return (inputs.user_weights[users] * (predicted - actual).square()).mean()
