@@ -1,8 +1,10 @@
-// Python module mimnet_fast._host: facts about this build and this CPU, without torch.
+// Python module mimnet_fast._host, without torch: facts about this build and this CPU, and the ops
+// that serve a trained model.
 
 #include <pybind11/pybind11.h>
 
 #include "cpu/dispatch.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -39,11 +41,12 @@ py::dict cpu_features() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about this build and this CPU, without torch.";
+  m.doc() = "Facts about this build and this CPU, and ops on NumPy arrays, without torch.";
   m.def("build_info", &build_info,
         "Version, compiler, flags, and the instruction-set variants with their own flags.");
   m.def("cpu_features", &cpu_features,
         "Instruction sets that matter to the kernels: name -> whether this CPU has it.");
   m.def("isa_name", &mimnet_fast::cpu::isa_name,
         "Variant of the kernels that runs here: \"baseline\", \"avx2\" or \"avx512\".");
+  mimnet_fast::host::define_ops(m);
 }

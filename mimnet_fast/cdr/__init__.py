@@ -3,17 +3,16 @@
 Data flows one way: `download` (public files), `readers`, `cleaning` and `dataset` (raw files to a
 prepared folder), `protocol` (who is tested on what), `models`, `training` (one model), `experiment`
 (all of a run), `results`; `grids` (many runs), `significance`, `reports`; `packing`
-and `serving` (recommendations of a trained model).
+and `serving` (recommendations of a trained model), the one module that takes no torch.
 """
 
 from importlib.util import find_spec
 
-_MISSING = [
-    name
-    for name in ("polars", "rich", "safetensors", "scipy", "sklearn", "typer")
-    if find_spec(name) is None
-]
-if _MISSING:
+_SERVING = ("safetensors",)
+_TRAINING = (*_SERVING, "polars", "rich", "scipy", "sklearn", "typer")
+_NEEDED = _SERVING if find_spec("torch") is None else _TRAINING
+
+if _MISSING := [name for name in _NEEDED if find_spec(name) is None]:
     raise ImportError(
         f"mimnet_fast.cdr needs {', '.join(_MISSING)}: pip install 'mimnet-fast[cdr]'"
     )

@@ -45,7 +45,7 @@ from mimnet_fast.cdr.models import ABLATIONS, MODELS
 from mimnet_fast.cdr.packing import MODEL, pack
 from mimnet_fast.cdr.protocol import HistoryOrder
 from mimnet_fast.cdr.readers import Format, OnError
-from mimnet_fast.cdr.serving import Recommender
+from mimnet_fast.cdr.serving import Kernels, Recommender
 from mimnet_fast.cdr.studies import SWEPT, sweep_variants
 from mimnet_fast.cdr.synthetic import Synthetic
 
@@ -77,6 +77,7 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BackendOption = Annotated[Backend, typer.Option(help="Which kernels compute MIMNet and bridges.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a run of mimnet, or its file.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="Folder made by `prepare`.")]
 Out = Annotated[Path, typer.Option(help="Folder of all runs and tables.")]
 Betas = Annotated[list[float], typer.Option(help="Shares of shared users to test on.")]
@@ -284,7 +285,7 @@ def train(
 
 @app.command(cls=_ListOptions)
 def recommend(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of mimnet, or its file.")],
+    checkpoint: Checkpoint,
     user: Annotated[
         list[str], typer.Option(help="Ids of users of the source domain.", show_default=False)
     ] = [],  # noqa: B006
@@ -293,10 +294,11 @@ def recommend(
     ] = [],  # noqa: B006
     top_k: Annotated[int, typer.Option(help="Items per user.")] = 20,
     seen: Annotated[bool, typer.Option("--seen", help="Also items that the user rated.")] = False,
+    kernels: Annotated[Kernels, typer.Option(help="Which kernels score the items.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Recommend target items to users of the source domain, by the model that `train` left."""
-    recommender = Recommender.load(checkpoint)
+    recommender = Recommender.load(checkpoint, kernels=kernels)
     found = recommender.recommend(
         user or None,
         histories=[history] if history else None,

@@ -1,12 +1,18 @@
-"""Recommendations of a trained MIMNet, from the file that `mimnet-fast train` leaves."""
+"""Recommendations of a trained MIMNet, with or without torch.
+
+A `Recommender` is one file, which `mimnet-fast train` leaves in the run's folder. Reading and
+serving it takes NumPy, safetensors and the kernels: those of `mimnet_fast.ops` where torch is
+installed, else the same compiled code through `mimnet_fast._host`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy import ndarray
@@ -18,7 +24,9 @@ NAME = "recommender.safetensors"
 FORMAT = "mimnet_fast.recommender"
 FORMAT_VERSION = 1
 
-_PADDING = "zero_after"
+_Catalogue = tuple[Any, Any, Any, Any, Any, Any]
+Kernels = Literal["auto", "torch", "host"]
+PADDING = "zero_after"
 
 
 class Recommendation(NamedTuple):
@@ -47,28 +55,25 @@ class Recommender:
         self._arrays, self._kernels = arrays, kernels
 
     @staticmethod
-    def load(path: str | Path, *, device: str = "cpu") -> Recommender:
+    def load(path: str | Path, *, kernels: Kernels = "auto", device: str = "cpu") -> Recommender:
         """Read the file, or the one in a run's folder.
 
         Args:
             path: The file or folder.
+            kernels: ``"torch"``, ``"host"`` (which knows no torch), or what is installed.
             device: Of torch.
 
         Raises:
-            UserError: the file is no recommender.
+            UserError: the file is no recommender, or these kernels are not installed.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / NAME
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: mimnet-fast train --model mimnet writes it")
-        arrays, record = checkpoints.load_arrays(path)
-        if (record.get("format"), record.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise UserError(
-                f"{path}: got format {record.get('format')} version {record.get('format_version')},"
-                f" need {FORMAT} version {FORMAT_VERSION}: train it again with this version"
-            )
+        arrays, record = read(path)
+        if kernels not in get_args(Kernels):
+            raise UserError(f"kernels: got {kernels!r}, need one of {', '.join(get_args(Kernels))}")
+        if kernels == "auto":
+            kernels = "host" if find_spec("torch") is None else "torch"
         weights, iterations = Weights.of(arrays), record["iterations"]
+        if kernels == "host":
+            return Recommender(arrays, record, _Host(weights, iterations))
         return Recommender(arrays, record, _Torch(weights, iterations, device))
 
     def recommend(
@@ -163,6 +168,26 @@ class Recommender:
         return folded
 
 
+def read(path: str | Path) -> tuple[dict[str, ndarray], dict[str, Any]]:
+    """What a recommender's file holds, or the one in a run's folder.
+
+    Raises:
+        UserError: the file is no recommender.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / NAME
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: mimnet-fast train --model mimnet writes it")
+    arrays, record = checkpoints.load_arrays(path)
+    if (record.get("format"), record.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise UserError(
+            f"{path}: got format {record.get('format')} version {record.get('format_version')}, "
+            f"need {FORMAT} version {FORMAT_VERSION}: train it again with this version"
+        )
+    return arrays, record
+
+
 def history_means(table: ndarray, ids: ndarray, lengths: ndarray) -> ndarray:
     """Mean item vector of each history ``[B, D]``; the table's last row is the padding, zeros."""
     mean: ndarray = table[ids].sum(1) / np.maximum(lengths, 1)[:, None].astype(table.dtype)
@@ -202,7 +227,7 @@ class Weights(NamedTuple):
     logits: Any
     parameters: tuple[Any, ...]
     """As in `MIMNetParameters`."""
-    catalogue: tuple[Any, ...]
+    catalogue: _Catalogue
     """Items, prototypes and attention as `catalogue_top_k` takes them."""
     prototype_ids: Any
 
@@ -240,7 +265,7 @@ def _with_biases(
     coarse: tuple[ndarray, ...],
     fusion_weight: ndarray,
     fusion_bias: ndarray,
-) -> tuple[Any, ...]:
+) -> _Catalogue:
     """Arguments of `catalogue_top_k` that add its bias to the score of every item.
 
     The bias is one more coordinate of the item, where both attentions put a 1 into every user
@@ -297,7 +322,7 @@ class _Torch:
             self.weights.logits,
             lengths=self.tensor(lengths),
             iterations=self.iterations,
-            padding=_PADDING,
+            padding=PADDING,
         )
         assert isinstance(capsules, Tensor)
         found = ops.interest_bridge(capsules, self.tensor(source), w1, b1, w2, b2)
@@ -308,17 +333,52 @@ class _Torch:
     ) -> tuple[ndarray, ndarray]:
         from mimnet_fast import ops
 
-        items, prototypes, fine, coarse, fusion_weight, fusion_bias = self.weights.catalogue
         scores, indices = ops.catalogue_top_k(
             self.tensor(interests),
-            items,
-            prototypes,
-            fine,
-            coarse,
-            fusion_weight,
-            fusion_bias,
+            *self.weights.catalogue,
             k,
             prototype_ids=self.weights.prototype_ids,
             exclude=None if exclude is None else (self.tensor(exclude[0]), self.tensor(exclude[1])),
         )
         return scores.numpy(force=True), indices.numpy(force=True)
+
+
+class _Host:
+    """The compiled kernels without torch."""
+
+    def __init__(self, weights: Weights, iterations: int) -> None:
+        try:
+            from mimnet_fast import _host
+        except ImportError as error:
+            raise UserError(
+                f"kernels: host is not installed ({error}): install mimnet_fast where there is a "
+                "C++ compiler, or torch"
+            ) from error
+        self.host, self.weights, self.iterations = _host, weights, iterations
+
+    def interests(self, ids: ndarray, lengths: ndarray, source: ndarray) -> ndarray:
+        no_item = np.zeros_like(source)
+        _, found = self.host.mimnet_forward(
+            ids,
+            source,
+            no_item,
+            no_item,
+            self.weights.parameters,
+            self.weights.logits,
+            lengths=lengths,
+            table=self.weights.source_items,
+            iterations=self.iterations,
+            padding=PADDING,
+        )
+        return found
+
+    def top_k(
+        self, interests: ndarray, k: int, exclude: tuple[ndarray, ndarray] | None
+    ) -> tuple[ndarray, ndarray]:
+        return self.host.catalogue_top_k(
+            interests,
+            *self.weights.catalogue,
+            k,
+            prototype_ids=self.weights.prototype_ids,
+            exclude=exclude,
+        )
