@@ -40,6 +40,8 @@ from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.export import ExportFormat
+from mimnet_fast.cdr.export import export as export_program
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import ABLATIONS, MODELS
 from mimnet_fast.cdr.packing import MODEL, pack
@@ -316,6 +318,22 @@ def recommend(
         rows = [(escape(each.item), f"{each.score:.3f}") for each in items]
         title = f"For {escape(name)}"
         Console().print(results.screen_table(("item", "score"), rows, title=title, caption=""))
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="The program's file, by custom .pt2.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="Of torch.export, or compiled by AOTInductor.")
+    ] = "export",
+) -> None:
+    """Write the scoring model that `train` left as a program that needs none of its code.
+
+    Inputs are the rows of a history [B, L], lengths [B], source vectors [B, D] and rows of items
+    [B]; the output is ratings [B].
+    """
+    export_program(checkpoint, out, format)
 
 
 @app.command(cls=_ListOptions)

@@ -2,9 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
+from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, prepare
+from mimnet_fast.cdr.experiment import BaseModels, run
 from mimnet_fast.cdr.models import FrozenInputs
+from mimnet_fast.cdr.packing import pack
+from mimnet_fast.cdr.serving import Recommender
 from mimnet_fast.cdr.synthetic import Synthetic
 
 SIZES = Synthetic(users=120, items=40, topics=4, interests=2, ratings_per_user=12)
@@ -43,3 +48,25 @@ def inputs() -> FrozenInputs:
         target_items=tables[2],
         item_prototypes=prototypes,
     )
+
+
+@pytest.fixture(scope="session", params=["mf", "biased-mf"])
+def trained(
+    request: pytest.FixtureRequest,
+    prepared: Path,
+    dataset: Dataset,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, BaseModels]:
+    """A packed run and its base models."""
+    folder, quiet = tmp_path_factory.mktemp("trained"), Progress(disable=True)
+    config = Config(
+        base=request.param, beta=0.25, base_epochs=20, epochs=3, prototypes=6, learning_rate=0.05
+    )
+    run(dataset, config, ["mimnet"], folder, quiet)
+    pack(prepared, folder)
+    return folder, BaseModels(dataset, config, folder, quiet)
+
+
+@pytest.fixture
+def recommender(trained: tuple[Path, BaseModels]) -> Recommender:
+    return Recommender.load(trained[0])

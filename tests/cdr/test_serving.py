@@ -9,45 +9,18 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from mimnet_fast.cdr import checkpoints, results
 from mimnet_fast.cdr.biases import fit_biases
-from mimnet_fast.cdr.config import Config
-from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.experiment import BaseModels, run
+from mimnet_fast.cdr.experiment import BaseModels
 from mimnet_fast.cdr.models import MODELS, MIMNet
 from mimnet_fast.cdr.packing import pack
 from mimnet_fast.cdr.protocol import LIKED_ABOVE
 from mimnet_fast.cdr.serving import Recommender
 
 from .test_cli import QUICK, invoke
-
-QUIET = Progress(disable=True)
-
-
-@pytest.fixture(scope="module", params=["mf", "biased-mf"])
-def trained(
-    request: pytest.FixtureRequest,
-    prepared: Path,
-    dataset: Dataset,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, BaseModels]:
-    """A packed run and its base models."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = Config(
-        base=request.param, beta=0.25, base_epochs=20, epochs=3, prototypes=6, learning_rate=0.05
-    )
-    run(dataset, config, ["mimnet"], folder, QUIET)
-    pack(prepared, folder)
-    return folder, BaseModels(dataset, config, folder, QUIET)
-
-
-@pytest.fixture
-def recommender(trained: tuple[Path, BaseModels]) -> Recommender:
-    return Recommender.load(trained[0])
 
 
 def names(prepared: Path, table: str) -> list[str]:

@@ -13,9 +13,7 @@ from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import BaseModels
 from mimnet_fast.cdr.serving import Recommender
 
-from . import test_serving
-
-trained, recommender = test_serving.trained, test_serving.recommender
+from .test_serving import names
 
 WITHOUT_TORCH = """
 import json, sys
@@ -33,7 +31,7 @@ def test_the_same_without_torch(
     trained: tuple[Path, BaseModels], recommender: Recommender, prepared: Path
 ) -> None:
     pytest.importorskip("mimnet_fast._host", reason="_host is not built")
-    people = test_serving.names(prepared, "source_users")
+    people = names(prepared, "source_users")
     arguments: list[dict[str, Any]] = [
         {"users": people, "top_k": 5},
         {"histories": [["s1", "s2"], ["s3"]], "exclude_seen": False},

@@ -71,7 +71,7 @@ class MIMNet(TransferModel):
                 bridge.b2,
                 *self.attention.weights(),
             ),
-            self.logits(len(users), generator),
+            self.logits(users.shape[0], generator),
             lengths=lengths,
             table=table,
             iterations=self.iterations,
