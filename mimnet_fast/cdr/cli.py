@@ -37,6 +37,7 @@ from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.dataset import prepare as prepare_dataset
+from mimnet_fast.cdr.diagnostics import warning
 from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
@@ -276,6 +277,9 @@ def train(
     with _progress() as progress:
         found = run(data, config, names, out, progress)
     recommender = pack(dataset, out) if MODEL in names else None
+    for each in found["models"].values():
+        if "diagnostics" in each and (told := warning(each["title"], each["diagnostics"])):
+            _messages.print(f"warning: {told}", style="yellow", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -30,6 +30,7 @@ from mimnet_fast.cdr import checkpoints, results
 from mimnet_fast.cdr.biases import residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
+from mimnet_fast.cdr.diagnostics import diagnose
 from mimnet_fast.cdr.evaluation import Predict, errors, evaluate
 from mimnet_fast.cdr.models import (
     TRAINABLE,
@@ -37,6 +38,7 @@ from mimnet_fast.cdr.models import (
     FrozenInputs,
     JointTables,
     MatrixFactorization,
+    MIMNet,
     TransferModel,
     item_prototypes,
 )
@@ -120,6 +122,7 @@ def run(
             "source": spec.source,
             "settings": {setting: getattr(config, setting) for setting in spec.settings},
             **results.select_epochs(curves["selection"], curves["final"]),
+            **_diagnostics(name, stage1, folder),
         }
         results.write(folder, summary)
     return summary
@@ -154,6 +157,7 @@ class BaseModels:
             name: getattr(config, name) for name in _BASE_SETTINGS
         }
         self._trained: dict[str, tuple[MatrixFactorization, list[Epoch]]] = {}
+        self._frozen: dict[tuple[PhaseName, bool, bool, bool], FrozenInputs] = {}
 
     def source(self) -> tuple[MatrixFactorization, list[Epoch]]:
         """Source model and its curve, which is measured on its own training ratings."""
@@ -176,6 +180,12 @@ class BaseModels:
 
     def frozen(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
         """What a transfer model is given in a phase."""
+        key = phase, model.uses_profiles, model.uses_prototypes, model.clusters_untrained_rows
+        if key not in self._frozen:
+            self._frozen[key] = self._freeze(phase, model)
+        return self._frozen[key]
+
+    def _freeze(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
         source, target = self.source()[0], self.target(phase)[0]
         source_users, source_items, target_items = (
             table.weight.detach() for table in (source.users, source.items, target.items)
@@ -337,3 +347,14 @@ def _transfer_job(
         Schedule(config.epochs, config.batch_size, config.learning_rate, *regularization),
         partial(model, inputs),
     )
+
+
+def _diagnostics(name: str, stage1: BaseModels, folder: Path) -> dict[str, Any]:
+    """Of a MIMNet as it was kept, at the test users' ratings; nothing of other models."""
+    build = TRAINABLE[name].build
+    model = build and seeded_module(partial(build, stage1.config), stage1.config.seed, name)
+    if not isinstance(model, MIMNet):
+        return {}
+    model.load_state_dict(checkpoints.load(folder / f"{name}.safetensors")[0])
+    inputs = stage1.frozen("final", model)
+    return {"diagnostics": diagnose(model, inputs, stage1.split.final.evaluation)}

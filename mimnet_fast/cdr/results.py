@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 import mimnet_fast
+from mimnet_fast.cdr import diagnostics
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
@@ -185,6 +186,11 @@ def _markdown(results: dict[str, Any]) -> str:
             "",
             f"- {_LEGEND}",
             *(f"- {name}: {meaning}" for name, meaning in results["selections"].items()),
+            *(
+                f"- {model['title']}: {diagnostics.sentence(model['diagnostics'])}"
+                for model in results["models"].values()
+                if "diagnostics" in model
+            ),
             f"- settings of the last run: {settings}",
             f"- dataset {data['fingerprint'][:16]}",
             f"- {versions}; {results['machine']}",

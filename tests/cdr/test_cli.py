@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mimnet_fast import backends
-from mimnet_fast.cdr import cli, demo
+from mimnet_fast.cdr import cli, demo, diagnostics
 from mimnet_fast.cdr.cli import app
 from mimnet_fast.cdr.models import MODELS, TRIVIAL
 from mimnet_fast.cdr.synthetic import Synthetic
@@ -19,7 +19,9 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_prepare_then_train_then_add_a_model(tmp_path: Path) -> None:
+def test_prepare_then_train_then_add_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Synthetic(users=80, items=20, topics=4, interests=2, ratings_per_user=8).generate(tmp_path, 1)
     data, out = tmp_path / "data", tmp_path / "run"
     files = ["--source", tmp_path / "source.csv", "--target", tmp_path / "target.csv"]
@@ -38,8 +40,10 @@ def test_prepare_then_train_then_add_a_model(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "is not empty: go on with --resume" in refused.stderr
 
+    monkeypatch.setattr(diagnostics, "WARNED", -1)
     result = invoke("train", data, "--model", "all", "--out", out, *QUICK, "--resume", "--json")
     assert result.exit_code == 0, result.output
+    assert "warning: MIMNet: the interests of" in result.stderr
     found = json.loads(result.stdout)
     assert found == json.loads((out / "results.json").read_text())
     assert set(found["models"]) == {*TRIVIAL, *MODELS}
