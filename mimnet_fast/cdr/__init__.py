@@ -3,7 +3,8 @@
 Data flows one way: `download` (public files), `readers`, `cleaning` and `dataset` (raw files to a
 prepared folder), `protocol` (who is tested on what), `models`, `training` (one model), `experiment`
 (all of a run), `results`; `grids` (many runs), `significance`, `reports`; `packing`
-and `serving` (recommendations of a trained model), the one module that takes no torch.
+and `serving` (recommendations of a trained model), the one module that takes no torch;
+`diagnostics` and `inspection` (what it does inside).
 """
 
 from importlib.util import find_spec

@@ -32,7 +32,8 @@ from typer.core import TyperCommand, TyperGroup
 from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
-from mimnet_fast.cdr import reports, results
+from mimnet_fast.cdr import inspection, reports, results
+from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
 from mimnet_fast.cdr.dataset import Dataset
@@ -338,6 +339,28 @@ def export(
     [B]; the output is ratings [B].
     """
     export_program(checkpoint, out, format)
+
+
+@app.command("inspect", cls=_ListOptions)
+def inspect_user(
+    checkpoint: Checkpoint,
+    user: Annotated[str, typer.Option(help="Id of a user of the source domain.")],
+    out: Annotated[Path, typer.Option(help="The page, an HTML file.")],
+    items: Annotated[
+        list[str],
+        typer.Option(help="Ids of target items.", show_default="those with the highest scores"),
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show in a page why MIMNet recommends what it does to a user.
+
+    Which liked items feed which interest, which interest answers which item, how much of an answer
+    the item's kind gives rather than the item, and how alike interests and their bridges are.
+    """
+    found = inspection.inspect(checkpoint, user, items or None)
+    with atomic_file(out) as path:
+        path.write_text(inspection.page(found), encoding="utf-8")
+    print(json.dumps(found, indent=2) if as_json else f"page in {out}: open it in a browser")
 
 
 @app.command(cls=_ListOptions)

@@ -130,16 +130,16 @@ class Recommender:
         ]
 
     @cached_property
-    def _source_users(self) -> _Ids:
-        return _Ids(self._arrays, "source_users")
+    def _source_users(self) -> Ids:
+        return Ids(self._arrays, "source_users")
 
     @cached_property
-    def _source_items(self) -> _Ids:
-        return _Ids(self._arrays, "source_items")
+    def _source_items(self) -> Ids:
+        return Ids(self._arrays, "source_items")
 
     @cached_property
-    def _target_items(self) -> _Ids:
-        return _Ids(self._arrays, "target_items")
+    def _target_items(self) -> Ids:
+        return Ids(self._arrays, "target_items")
 
     def _seen(self, users: ndarray) -> tuple[ndarray, ndarray]:
         """What each user has rated, as `catalogue_top_k` takes it: indices and offsets."""
@@ -200,7 +200,7 @@ def _listed(name: str, values: Sequence[str]) -> Sequence[str]:
     return values
 
 
-class _Ids:
+class Ids:
     """Raw ids by row, and rows by raw id."""
 
     def __init__(self, arrays: dict[str, ndarray], name: str) -> None:
@@ -210,6 +210,7 @@ class _Ids:
         self._rows = {each: row for row, each in enumerate(self.names)}
 
     def rows(self, ids: Sequence[str], kind: str) -> ndarray:
+        """Rows of raw ids; ``kind`` is what they are called in the error for an unknown one."""
         unknown = [each for each in ids if each not in self._rows]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
