@@ -88,6 +88,9 @@ Betas = Annotated[list[float], typer.Option(help="Shares of shared users to test
 Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: --seed and those after it.")]
 FirstSeed = Annotated[int, typer.Option(help="First seed: decides the split and all random.")]
 Swept = Annotated[list[int], typer.Option(help="Values, or the one for all runs.")]
+SweptShares = Annotated[
+    list[float], typer.Option(help="The same: shares of the training users of both domains.")
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what is in --out, or add something to it.")
 ]
@@ -96,6 +99,10 @@ Seed = Annotated[int, typer.Option(help="Decides the split and everything random
 _SETTINGS: dict[str, Any] = {
     "history_order": Annotated[
         HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
+    ],
+    "history_length": Annotated[int, typer.Option(help="Liked source items per user, the last.")],
+    "overlap": Annotated[
+        float, typer.Option(help="Share of the training users who are known in both domains.")
     ],
     "base": Annotated[Base, typer.Option(help="Base models: as published, or on top of biases.")],
     "epochs": Annotated[int, typer.Option(help="Epochs of stage 2.")],
@@ -398,6 +405,8 @@ def sweep(
     interests: Swept = [Config.interests],  # noqa: B006
     iterations: Swept = [Config.iterations],  # noqa: B006
     prototypes: Swept = [Config.prototypes],  # noqa: B006
+    history_length: Swept = [Config.history_length],  # noqa: B006
+    overlap: SweptShares = [Config.overlap],  # noqa: B006
     full: Annotated[
         bool, typer.Option("--full", help="All combinations, not one setting at a time.")
     ] = False,
@@ -408,13 +417,14 @@ def sweep(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Train MIMNet at other numbers of interests, routing passes and prototypes.
+    """Train MIMNet at other sizes: interests, routing passes, prototypes, history, overlap.
 
     An option with one value sets it, one with several is swept while the others stay at their value
     (the published one, where they are swept too). sweep.{md,csv,json} and a plot in --out are
     brought up to date after every trained model.
     """
-    given = dict(zip(SWEPT, (interests, iterations, prototypes), strict=True))
+    given_values: tuple[Any, ...] = (interests, iterations, prototypes, history_length, overlap)
+    given = dict(zip(SWEPT, given_values, strict=True))
     centre: dict[str, Any] = {
         k: v[0] if len(v) == 1 else getattr(Config, k) for k, v in given.items()
     }

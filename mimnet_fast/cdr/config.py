@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.protocol import HistoryOrder
+from mimnet_fast.cdr.protocol import HISTORY_LENGTH, HistoryOrder
 
 Base = Literal["mf", "biased-mf"]
 Mapping = Literal["linear", "mlp"]
@@ -23,6 +23,10 @@ class Config:
     beta: float = 0.2
     seed: int = 2020
     history_order: HistoryOrder = "file"
+    history_length: int = HISTORY_LENGTH
+    overlap: float = 1.0
+    """Share of the training users of both domains who are known to be in both: see
+    `protocol.keep_overlap`."""
     base: Base = "mf"
     """``"mf"`` as published, or ``"biased-mf"``: biases in closed form (`biases`), models for the
     rest, with small initial embeddings and weight decay."""
@@ -49,6 +53,8 @@ class Config:
             value = getattr(self, field.name)
             if field.name != "seed" and isinstance(value, (int, float)) and not value > 0:
                 raise UserError(f"{field.name}: got {value}, need a number above 0")
+        if self.overlap > 1:
+            raise UserError(f"overlap: got {self.overlap}, need a share above 0 and at most 1")
         for name, choices in (("base", get_args(Base)), ("mapping", get_args(Mapping))):
             if (value := getattr(self, name)) not in choices:
                 raise UserError(f"{name}: got {value!r}, need one of {', '.join(choices)}")

@@ -43,7 +43,7 @@ from mimnet_fast.cdr.models import (
     item_prototypes,
 )
 from mimnet_fast.cdr.profiles import profiles
-from mimnet_fast.cdr.protocol import Phase, split
+from mimnet_fast.cdr.protocol import Phase, keep_overlap, split
 from mimnet_fast.cdr.training import (
     Epoch,
     Loss,
@@ -110,7 +110,7 @@ def run(
         for name, (title, predict) in TRIVIAL.items()
     }
     found |= results.read(folder).get("models", {})
-    summary = {**results.header(dataset, config, data), "models": found}
+    summary = {**results.header(dataset, config, stage1.split), "models": found}
     for name in models:
         spec = TRAINABLE[name]
         if _is_target_model(name):
@@ -146,9 +146,16 @@ class BaseModels:
 
     def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
         self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
-        self.raw = split(dataset, config.beta, config.seed, history_order=config.history_order)
+        self.raw = split(
+            dataset,
+            config.beta,
+            config.seed,
+            history_order=config.history_order,
+            history_length=config.history_length,
+        )
         self.biased = config.base == "biased-mf"
-        self.split = residuals(self.raw) if self.biased else self.raw
+        whole = residuals(self.raw) if self.biased else self.raw
+        self.split = keep_overlap(whole, config.overlap, config.seed)
         self.scale, weight_decay = (BIASED_SCALE, BIASED_DECAY) if self.biased else (1.0, 0.0)
         self.schedule = Schedule(
             config.base_epochs, config.base_batch_size, config.learning_rate, weight_decay
@@ -328,9 +335,10 @@ def _train_phase(
 
 
 def _joint_job(name: str, stage1: BaseModels, phase: PhaseName) -> _Job:
-    tables = JointTables.of(stage1.dataset)
+    data: Phase = getattr(stage1.split, phase)
+    tables = JointTables.of(stage1.dataset, data)
     model = stage1.factorization(name, tables.users, tables.items)
-    examples = tables.examples(stage1.split.train_source, getattr(stage1.split, phase))
+    examples = tables.examples(stage1.split.train_source, data)
     return _Job(model, squared_error(model), examples, stage1.schedule, tables.predict(model))
 
 

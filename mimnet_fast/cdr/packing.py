@@ -52,7 +52,9 @@ def pack(prepared: Path, folder: Path) -> Path:
     inputs = stage1.frozen("final", MIMNet)
     assert inputs.item_prototypes is not None
     prototypes, prototype_ids = torch.unique(inputs.item_prototypes, dim=0, return_inverse=True)
-    ids, lengths = histories(dataset, dataset.num_source_users, config.history_order)
+    ids, lengths = histories(
+        dataset, dataset.num_source_users, config.history_order, config.history_length
+    )
     weights, _ = checkpoints.load(folder / f"{MODEL}.safetensors")
     tensors = {
         **{f"model.{name}": tensor for name, tensor in weights.items()},

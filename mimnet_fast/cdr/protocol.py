@@ -5,7 +5,7 @@ Nothing of it is stored. `split(dataset, beta, seed)` gives the same tensors on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -50,7 +50,7 @@ class Split:
     train_source: Ratings
     """All source ratings, the cold-start users' too."""
     histories: Tensor
-    """Source items liked by each user of both domains, int64 ``[O, 20]``, oldest first, padded at
+    """Source items liked by each user of both domains, int64 ``[O, L]``, oldest first, padded at
     the end with the index ``num_source_items``, which is no item."""
     lengths: Tensor
     """Items in each history, int64 ``[O]``; 0 for a user who liked nothing."""
@@ -59,13 +59,18 @@ class Split:
 
 
 def split(
-    dataset: Dataset, beta: float, seed: int, *, history_order: HistoryOrder = "file"
+    dataset: Dataset,
+    beta: float,
+    seed: int,
+    *,
+    history_order: HistoryOrder = "file",
+    history_length: int = HISTORY_LENGTH,
 ) -> Split:
     """Hold out ``round(beta * O)`` of the O users of both domains as cold-start test users.
 
     They are the first ones of ``numpy.random.default_rng(seed).permutation`` over the users sorted
     by id. Validation users are drawn by the same rule and seed from those that are left. A history
-    holds the last 20 source items that the user rated above 3.
+    holds the last L source items that the user rated above 3.
 
     Args:
         dataset: A prepared dataset.
@@ -73,6 +78,7 @@ def split(
         seed: Seed of the permutations.
         history_order: ``"file"`` takes the order of the raw file, ``"time"`` that of timestamps
             (equal ones in file order).
+        history_length: L.
 
     Raises:
         UserError: ``beta`` out of range, too few users, or no timestamps to order by.
@@ -87,7 +93,7 @@ def split(
             f"beta {beta} of {dataset.num_overlap} users of both domains leaves {len(test)} test, "
             f"{len(validation)} validation and {len(fitting)} training users, need one of each"
         )
-    found, lengths = histories(dataset, dataset.num_overlap, history_order)
+    found, lengths = histories(dataset, dataset.num_overlap, history_order, history_length)
     return Split(
         train_source=dataset.source,
         histories=found,
@@ -95,6 +101,36 @@ def split(
         selection=_phase(dataset, hidden=np.concatenate([test, validation]), measured=validation),
         final=_phase(dataset, hidden=test, measured=test),
     )
+
+
+def keep_overlap(split: Split, share: float, seed: int) -> Split:
+    """Forget of some training users that they are in both domains: fewer people to learn from.
+
+    ``round(share * n)`` of the n training users stay in ``train_meta``, the same ones in both
+    phases; a smaller share keeps some of those that a larger one keeps. The ratings of the others
+    stay in ``train_source`` and ``train_target``, as ratings of somebody there and of somebody
+    here, so that only what is known of the overlap changes, not how well either domain is known:
+    base models, test users and validation users are the same for every share.
+
+    Raises:
+        UserError: nobody is left to learn from.
+    """
+    if share == 1:
+        return split
+    users = split.final.train_meta.users.unique()
+    # Another permutation than the one that draws the validation users.
+    order = np.random.default_rng([seed, 1]).permutation(users)
+    kept = torch.from_numpy(order[: round(share * len(users))])
+    phases = []
+    for phase in (split.selection, split.final):
+        meta = phase.train_meta.where(torch.isin(phase.train_meta.users, kept))
+        if not len(meta):
+            raise UserError(
+                f"overlap {share} of {len(users)} training users of both domains leaves nobody to "
+                "learn from: name a larger share"
+            )
+        phases.append(replace(phase, train_meta=meta))
+    return replace(split, selection=phases[0], final=phases[1])
 
 
 def _hold_out(users: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +154,9 @@ def _phase(dataset: Dataset, *, hidden: np.ndarray, measured: np.ndarray) -> Pha
     )
 
 
-def histories(dataset: Dataset, users: int, order: HistoryOrder) -> tuple[Tensor, Tensor]:
+def histories(
+    dataset: Dataset, users: int, order: HistoryOrder, length: int
+) -> tuple[Tensor, Tensor]:
     """Liked source items of the first ``users`` source users, as in `Split`: ids and lengths."""
     source = dataset.source
     liked = source.where((source.values > LIKED_ABOVE) & (source.users < users))
@@ -135,10 +173,10 @@ def histories(dataset: Dataset, users: int, order: HistoryOrder) -> tuple[Tensor
     owners, items = owners[by_user], items[by_user]
 
     counts = np.bincount(owners, minlength=users)
-    lengths = np.minimum(counts, HISTORY_LENGTH)
+    lengths = np.minimum(counts, length)
     left_in_user = np.cumsum(counts)[owners] - np.arange(len(owners))
     column = lengths[owners] - left_in_user
     recent = column >= 0
-    found = np.full((users, HISTORY_LENGTH), dataset.num_source_items)
+    found = np.full((users, length), dataset.num_source_items)
     found[owners[recent], column[recent]] = items[recent]
     return torch.from_numpy(found), torch.from_numpy(lengths)

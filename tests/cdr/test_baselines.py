@@ -27,7 +27,7 @@ from mimnet_fast.cdr.models.mimnet import MIMNet
 from mimnet_fast.cdr.models.mimnet_released import MIMNetReleased
 from mimnet_fast.cdr.models.remit import REMIT
 from mimnet_fast.cdr.models.sscdr import SSCDR
-from mimnet_fast.cdr.protocol import Phase, split
+from mimnet_fast.cdr.protocol import Phase, keep_overlap, split
 from mimnet_fast.cdr.synthetic import Synthetic
 from mimnet_fast.cdr.training import adam, seeded_generator, seeded_module, training_step
 
@@ -148,6 +148,18 @@ def test_lacdr_is_its_equation(inputs: FrozenInputs, phase: Phase) -> None:
     assert_close(model(inputs, torch.tensor([4]), torch.tensor([7]))[0], rating)
 
 
+def test_lacdr_takes_those_apart_who_are_not_known_to_be_one(
+    inputs: FrozenInputs, phase: Phase
+) -> None:
+    meta = phase.train_meta.where(phase.train_meta.users != 4)
+    batch = LACDR(10).examples(inputs, replace(phase, train_meta=meta))
+    assert [list(pair) for pair in zip(*(b.tolist() for b in batch), strict=True)] == [
+        *([user, user if user in (1, 8) else -1] for user in range(31)),
+        [-1, 4],
+        [-1, 9],
+    ]
+
+
 def test_neighbours_are_who_liked_the_same(inputs: FrozenInputs) -> None:
     histories = [
         inputs.histories[user, :length].tolist() for user, length in enumerate(inputs.lengths)
@@ -228,9 +240,11 @@ def test_unknown_mapping_is_refused() -> None:
         Config(mapping="affine")  # type: ignore[arg-type]
 
 
-def test_cmf_shares_the_users_of_both_domains(dataset: Dataset) -> None:
-    tables = JointTables.of(dataset)
-    data = split(dataset, 0.25, 7)
+@pytest.mark.parametrize("overlap", [1.0, 0.4])
+def test_cmf_shares_the_users_of_both_domains(dataset: Dataset, overlap: float) -> None:
+    data = keep_overlap(split(dataset, 0.25, 7), overlap, 7)
+    tables = JointTables.of(dataset, data.final)
+    known = set(data.final.train_meta.users.tolist())
     model = MatrixFactorization(tables.users, tables.items, 3)
     users, items, values = tables.examples(data.train_source, data.final)
     source, target = data.train_source, data.final.train_target
@@ -240,11 +254,12 @@ def test_cmf_shares_the_users_of_both_domains(dataset: Dataset) -> None:
         in_target = row >= len(source)
         part, at = (target, row - len(source)) if in_target else (source, row)
         person, thing = int(part.users[at]), int(part.items[at])
-        shared = person < dataset.num_overlap
+        shared = person in known
         assert seen.setdefault((in_target and not shared, person), user) == user
         assert (user >= dataset.num_source_users) == (in_target and not shared)
         assert item == thing + in_target * dataset.num_source_items
     assert len(set(seen.values())) == len(seen)
+    assert tables.users - 1 == max(seen.values())
     test = data.final.evaluation
     expected = [
         model.users.weight[user] @ model.items.weight[dataset.num_source_items + item]

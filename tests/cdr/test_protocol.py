@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from mimnet_fast.cdr.dataset import Dataset, Ratings, prepare
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.protocol import split
+from mimnet_fast.cdr.protocol import keep_overlap, split
 
 Row = tuple[str, str, float]
 
@@ -108,6 +109,43 @@ def test_split_depends_on_the_seed_only(dataset: Dataset) -> None:
     first, again, other = (split(dataset, 0.3, seed).final.evaluation for seed in (1, 1, 2))
     assert first.users.equal(again.users)
     assert set(first.users.tolist()) != set(other.users.tolist())
+
+
+def test_a_smaller_overlap_is_part_of_a_larger_one(dataset: Dataset) -> None:
+    whole = split(dataset, 0.25, 4)
+    assert keep_overlap(whole, 1, 4) is whole
+    users = set(whole.final.train_meta.users.tolist())
+    validation = set(whole.selection.evaluation.users.tolist())
+    kept = users
+    for share in (0.8, 0.3, 0.2):
+        found = keep_overlap(whole, share, 4)
+        smaller = set(found.final.train_meta.users.tolist())
+        assert smaller < kept
+        assert len(smaller) == round(share * len(users))
+        assert set(found.selection.train_meta.users.tolist()) == smaller - validation
+        for phase in ("selection", "final"):
+            thin, full = getattr(found, phase), getattr(whole, phase)
+            assert thin.train_target is full.train_target
+            assert thin.evaluation is full.evaluation
+            meta = full.train_meta
+            own = torch.isin(meta.users, torch.tensor(sorted(smaller)))
+            assert thin.train_meta.values.equal(meta.values[own])
+        kept = smaller
+    assert kept - validation
+    other = keep_overlap(whole, 0.2, 5).final.train_meta.users
+    assert set(other.tolist()) != kept
+    with pytest.raises(UserError, match=r"overlap 0\.001 of 72 training users .* leaves nobody"):
+        keep_overlap(whole, 0.001, 4)
+
+
+def test_a_shorter_history_is_the_end_of_a_longer_one(dataset: Dataset) -> None:
+    long, short = split(dataset, 0.25, 4), split(dataset, 0.25, 4, history_length=3)
+    assert short.histories.shape == (dataset.num_overlap, 3)
+    assert long.lengths.max() > 3
+    for row, end, length in zip(short.histories, long.histories, long.lengths, strict=True):
+        expected = end[:length][-3:]
+        assert row[: len(expected)].equal(expected)
+    assert short.lengths.equal(long.lengths.clamp_max(3))
 
 
 def test_user_who_liked_nothing_has_an_empty_history(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
 from mimnet_fast.cdr.models.remit import REMIT
 from mimnet_fast.cdr.models.sscdr import SSCDR
 from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
-from mimnet_fast.cdr.protocol import HISTORY_LENGTH, Split
+from mimnet_fast.cdr.protocol import Split
 
 __all__ = [
     "ABLATIONS",
@@ -63,8 +63,9 @@ class ModelSpec:
     """Without a stage 2: the target base model itself, or a base model of both domains."""
 
 
-_SETTINGS = ("epochs", "batch_size", "hidden", "backend")
-_MIMNET_SETTINGS = (*_SETTINGS, "interests", "iterations", "prototypes")
+_SETTINGS = ("epochs", "batch_size", "overlap")
+_BRIDGE_SETTINGS = (*_SETTINGS, "history_length", "hidden", "backend")
+_MIMNET_SETTINGS = (*_BRIDGE_SETTINGS, "interests", "iterations", "prototypes")
 
 
 def _width(config: Config, model: type[TransferModel]) -> int:
@@ -79,7 +80,7 @@ def _mimnet(config: Config, model: type[MIMNet] = MIMNet) -> TransferModel:
         config.hidden,
         interests=config.interests,
         iterations=config.iterations,
-        history_length=HISTORY_LENGTH,
+        history_length=config.history_length,
         backend=config.backend,
     )
 
@@ -94,7 +95,7 @@ def _ablation(config: Config, without: tuple[Part, ...]) -> TransferModel:
         config.hidden,
         interests=config.interests,
         iterations=config.iterations,
-        history_length=HISTORY_LENGTH,
+        history_length=config.history_length,
         without=without,
         backend=config.backend,
     )
@@ -133,16 +134,16 @@ MODELS: dict[str, ModelSpec] = {
         partial(_mimnet, model=MIMNetReleased),
         _MIMNET_SETTINGS,
     ),
-    "ptupcdr": ModelSpec("PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _SETTINGS),
-    "remit": ModelSpec("REMIT (no metadata)", "Sun et al., AAAI 2023", _remit, _SETTINGS),
-    "emcdr": ModelSpec(
-        "EMCDR", "Man et al., IJCAI 2017", _emcdr, ("epochs", "batch_size", "mapping")
+    "ptupcdr": ModelSpec(
+        "PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _BRIDGE_SETTINGS
     ),
+    "remit": ModelSpec("REMIT (no metadata)", "Sun et al., AAAI 2023", _remit, _BRIDGE_SETTINGS),
+    "emcdr": ModelSpec("EMCDR", "Man et al., IJCAI 2017", _emcdr, (*_SETTINGS, "mapping")),
     "sscdr": ModelSpec(
-        "SSCDR", "Kang et al., CIKM 2019", _sscdr, ("epochs", "batch_size", "mapping")
+        "SSCDR", "Kang et al., CIKM 2019", _sscdr, (*_SETTINGS, "history_length", "mapping")
     ),
-    "lacdr": ModelSpec("LACDR", "Wang et al., CIKM 2021", _lacdr, ("epochs", "batch_size")),
-    "cmf": ModelSpec("CMF", "Singh & Gordon, KDD 2008", base="joint"),
+    "lacdr": ModelSpec("LACDR", "Wang et al., CIKM 2021", _lacdr, _SETTINGS),
+    "cmf": ModelSpec("CMF", "Singh & Gordon, KDD 2008", settings=("overlap",), base="joint"),
     "tgt": ModelSpec("TGT", "the target domain alone; a baseline of PTUPCDR and MIMNet"),
 }
 

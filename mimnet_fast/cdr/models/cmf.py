@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,16 +32,23 @@ class JointTables:
     source_items: int
     users: int
     items: int
+    apart: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Users of both domains who are not known to be, sorted: the last rows are theirs."""
 
     @staticmethod
-    def of(dataset: Dataset) -> JointTables:
-        """Tables for a dataset."""
+    def of(dataset: Dataset, phase: Phase) -> JointTables:
+        """Tables for a dataset and the overlap that is known in a phase."""
+        known = phase.train_target.users.unique()
+        both = known[known < dataset.num_overlap]
+        apart = both[~torch.isin(both, phase.train_meta.users)]
+        only_target = dataset.num_target_users - dataset.num_overlap
         return JointTables(
             overlap=dataset.num_overlap,
             source_users=dataset.num_source_users,
             source_items=dataset.num_source_items,
-            users=dataset.num_source_users + dataset.num_target_users - dataset.num_overlap,
+            users=dataset.num_source_users + only_target + len(apart),
             items=dataset.num_source_items + dataset.num_target_items,
+            apart=apart,
         )
 
     def target_rows(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +59,10 @@ class JointTables:
         (tensor([1, 5]), tensor([7, 9]))
         """
         only_target = users + (self.source_users - self.overlap)
-        return torch.where(users < self.overlap, users, only_target), items + self.source_items
+        rows = torch.where(users < self.overlap, users, only_target)
+        second = self.users - len(self.apart) + torch.searchsorted(self.apart, users)
+        rows = torch.where(torch.isin(users, self.apart), second, rows)
+        return rows, items + self.source_items
 
     def examples(self, train_source: Ratings, phase: Phase) -> tuple[Tensor, ...]:
         """Columns of the ratings of both domains."""

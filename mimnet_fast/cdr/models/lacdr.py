@@ -48,12 +48,12 @@ class LACDR(MappingModel):
 
     def examples(self, inputs: FrozenInputs, phase: Phase) -> tuple[Tensor, ...]:
         """Rows in the source and in the target table of everyone, -1 where unknown there."""
-        overlap, source = len(inputs.lengths), len(inputs.source_users)
+        source = len(inputs.source_users)
         known = phase.train_target.users.unique()
         partners = torch.full((source,), -1)
-        shared = known[known < overlap]
+        shared = phase.train_meta.users.unique()
         partners[shared] = shared
-        alone = known[known >= overlap]
+        alone = known[~torch.isin(known, shared)]
         return (
             torch.cat([torch.arange(source), torch.full_like(alone, -1)]),
             torch.cat([partners, alone]),
