@@ -47,6 +47,10 @@ def test_prepare_then_train_then_add_a_model(
     found = json.loads(result.stdout)
     assert found == json.loads((out / "results.json").read_text())
     assert set(found["models"]) == {*TRIVIAL, *MODELS}
+    diagnosed = {name for name, model in found["models"].items() if "diagnostics" in model}
+    assert diagnosed == {"mimnet", "mimnet-released"}
+    assert found["models"]["mimnet"]["diagnostics"]["ratings"] == found["dataset"]["test_ratings"]
+    assert "- MIMNet: cosine of capsules" in (out / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
