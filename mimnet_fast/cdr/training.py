@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.errors import UserError
@@ -130,7 +129,7 @@ def fit(
     """
     identity = {**identity, **asdict(schedule)}
     optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
-    average = _average(module, schedule.averaging) if schedule.averaging else None
+    average = _Average(module, schedule.averaging) if schedule.averaging else None
     curve: list[Epoch] = []
     predictions: list[Tensor] = []
     if checkpoint.exists():
@@ -146,7 +145,7 @@ def fit(
         for step, batch in enumerate(slices):
             losses[step] = training_step(optimizer, loss, *batch)
             if average is not None:
-                average.update_parameters(module)
+                average.update((epoch - 1) * batches + step)
             if step % _STEPS_PER_REFRESH == 0:
                 progress.update(task, completed=(epoch - 1) * batches + step)
         if not losses.isfinite().all():
@@ -155,7 +154,7 @@ def fit(
                 f"{identity['name']}: the loss became {losses[step].item()} in batch {step + 1} of "
                 f"epoch {epoch}: lower --learning-rate (now {schedule.learning_rate})"
             )
-        with nullcontext() if average is None else _exchanged(module, average):
+        with nullcontext() if average is None else average.applied():
             measured = evaluate()
             curve.append(Epoch(losses.mean().item(), *measured.errors))
             if keep_predictions:
@@ -178,36 +177,42 @@ def stored_predictions(checkpoint: Path) -> Tensor:
     return tensors[_PREDICTIONS]
 
 
-def _average(module: Module, averaging: float) -> AveragedModel:
-    """An exponential moving average, shorter while little was seen."""
+class _Average:
+    """An exponential moving average of parameters, shorter while little was seen.
 
-    def update(averages: Any, parameters: Any, seen: Tensor | int) -> None:
-        share = min(averaging, (1 + int(seen)) / (10 + int(seen)))
-        torch._foreach_lerp_(averages, parameters, 1 - share)
+    Written out, because updating torch's `AveragedModel` takes longer than a training step.
+    """
 
-    return AveragedModel(module, multi_avg_fn=update)
+    def __init__(self, module: Module, share: float) -> None:
+        self.share = share
+        self.parameters = [parameter.detach() for parameter in module.parameters()]
+        self.tensors = [parameter.clone() for parameter in self.parameters]
 
+    def update(self, step: int) -> None:
+        """Take in the parameters after a step, the first of which is 0."""
+        share = min(self.share, step / (9 + step))
+        torch._foreach_lerp_(self.tensors, self.parameters, 1 - share)
 
-@contextmanager
-def _exchanged(module: Module, average: AveragedModel) -> Iterator[None]:
-    """The module with the averaged parameters."""
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module has the average within the block."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
 
-    def exchange() -> None:
-        for one, other in zip(module.parameters(), average.parameters(), strict=True):
-            one.data, other.data = other.data, one.data
-
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()
+    def _exchange(self) -> None:
+        kept = [parameter.clone() for parameter in self.parameters]
+        torch._foreach_copy_(self.parameters, self.tensors)
+        torch._foreach_copy_(self.tensors, kept)
 
 
 def _store(
     path: Path,
     identity: dict[str, Any],
     module: Module,
-    average: AveragedModel | None,
+    average: _Average | None,
     optimizer: Optimizer,
     generator: torch.Generator,
     curve: list[Epoch],
@@ -215,7 +220,7 @@ def _store(
 ) -> None:
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     if average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+        tensors |= {f"average.{index}": each for index, each in enumerate(average.tensors)}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["generator"] = generator.get_state()
@@ -230,7 +235,7 @@ def _restore(
     path: Path,
     identity: dict[str, Any],
     module: Module,
-    average: AveragedModel | None,
+    average: _Average | None,
     optimizer: Optimizer,
     generator: torch.Generator,
 ) -> tuple[list[Epoch], list[Tensor]]:
@@ -242,17 +247,17 @@ def _restore(
             f"{path} was trained with {was}: name another --out or use the same settings"
         )
     state: dict[int, dict[str, Tensor]] = {}
-    weights: dict[str, dict[str, Tensor]] = {"module": {}, "average": {}}
+    weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
             index, _, moment = name.partition(".")
             state.setdefault(int(index), {})[moment] = tensor
-        elif kind in weights:
-            weights[kind][name] = tensor
-    module.load_state_dict(weights["module"])
-    if average is not None:
-        average.load_state_dict(weights["average"])
+        elif kind == "average" and average is not None:
+            average.tensors[int(name)] = tensor
+        elif kind == "module":
+            weights[name] = tensor
+    module.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(tensors["generator"])
     predictions = list(tensors[_PREDICTIONS]) if _PREDICTIONS in tensors else []
