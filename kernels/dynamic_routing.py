@@ -24,253 +24,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import MOST_REGISTERS, launch
-from ._tiles import bound, padded, product
+from ._launch import launch
+from ._routing import (
+    CAPSULES,
+    COUPLING,
+    FILL_BEFORE,
+    IGNORE,
+    LOWEST,
+    PADDING_LOGIT,
+    REPLACE,
+    SHARED,
+    ZERO_AFTER,
+    inverse_norms_of,
+    load_inputs,
+    load_inverse_norms,
+    load_logits,
+    load_real,
+    mask_strides,
+    squared_lengths,
+    strides_of,
+    tiles_of,
+    times_weight,
+    times_weight_transposed,
+    votes_of,
+)
+from ._tiles import bound, product
+from .dynamic_routing_full import full_gradient_of
+from .dynamic_routing_positions import PositionRouting
 from .squash import IDENTITY, squash_factor, squash_slope
 from .weight_gradients import outer_sums
 
-CAPSULES = tl.constexpr(0)
-FILL_BEFORE = tl.constexpr(1)
-IGNORE = tl.constexpr(2)
-
-REPLACE = tl.constexpr(1)
-COUPLING = tl.constexpr(2)
-
-NO_WEIGHT = tl.constexpr(0)
-SHARED = tl.constexpr(1)
-
-_PADDING_LOGIT = tl.constexpr(-1e9)
-_LOWEST = tl.constexpr(-3e38)
-_SHORTEST_VOTE = tl.constexpr(1e-12)
-
-_LONGEST_TILE = 64
-_TILE_ELEMENTS = 4096
-
 
 @triton.jit
-def _load_weight(weight, start, stride_i, stride_d, D_IN, D, I_TILE, D_TILE):
-    i = tl.arange(0, I_TILE)[:, None]
-    d = start + tl.arange(0, D_TILE)[None, :]
-    return tl.load(weight + i * stride_i + d * stride_d, mask=(i < D_IN) & (d < D), other=0.0)
-
-
-@triton.jit
-def _row(x, k):
-    """Row ``k`` of a tile."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == k, x, 0.0), 0)
-
-
-@triton.jit
-def times_weight(
-    pooled,
-    weight,
-    start,
-    stride_k,
-    stride_i,
-    stride_d,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr,
-    D_IN: tl.constexpr,
-    D: tl.constexpr,
-    D_TILE: tl.constexpr,
+def _finish_softmax(
+    logits, top, total, length, K: tl.constexpr, K_TILE: tl.constexpr, L_TILE: tl.constexpr
 ):
-    """Elements ``start ..`` of the capsules [K_TILE, D_TILE] from the weighted sums."""
-    if WEIGHT == NO_WEIGHT:
-        capsules = pooled
-    elif WEIGHT == SHARED:
-        w = _load_weight(weight, start, stride_i, stride_d, D_IN, D, pooled.shape[1], D_TILE)
-        capsules = product(pooled, w, weight.dtype.element_ty)
-    else:
-        k = tl.arange(0, pooled.shape[0])[:, None]
-        capsules = tl.zeros([pooled.shape[0], D_TILE], tl.float32)
-        for row in range(K):
-            w = _load_weight(
-                weight + row * stride_k, start, stride_i, stride_d, D_IN, D, pooled.shape[1], D_TILE
-            )
-            capsule = tl.sum(_row(pooled, row)[:, None] * w.to(tl.float32), 0)
-            capsules = tl.where(k == row, capsule[None, :], capsules)
-    return capsules
-
-
-@triton.jit
-def times_weight_transposed(
-    capsules,
-    weight,
-    start,
-    stride_k,
-    stride_i,
-    stride_d,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr,
-    D_IN: tl.constexpr,
-    D: tl.constexpr,
-    I_TILE: tl.constexpr,
-):
-    """What elements ``start ..`` of the capsules give in the input space, [K_TILE, I_TILE]."""
-    if WEIGHT == NO_WEIGHT:
-        back = capsules
-    elif WEIGHT == SHARED:
-        w = _load_weight(weight, start, stride_i, stride_d, D_IN, D, I_TILE, capsules.shape[1])
-        back = product(capsules, tl.trans(w), weight.dtype.element_ty)
-    else:
-        k = tl.arange(0, capsules.shape[0])[:, None]
-        back = tl.zeros([capsules.shape[0], I_TILE], tl.float32)
-        for row in range(K):
-            w = _load_weight(
-                weight + row * stride_k, start, stride_i, stride_d, D_IN, D, I_TILE,
-                capsules.shape[1],
-            )  # fmt: skip
-            vector = tl.sum(_row(capsules, row)[None, :] * w.to(tl.float32), 1)
-            back = tl.where(k == row, vector[None, :], back)
-    return back
-
-
-@triton.jit
-def _load_inputs(
-    inputs,
-    start,
-    stride_k,
-    stride_l,
-    stride_d,
-    length,
-    OWN_VOTES: tl.constexpr,
-    K: tl.constexpr,
-    D_IN: tl.constexpr,
-    K_TILE: tl.constexpr,
-    L_TILE: tl.constexpr,
-    I_TILE: tl.constexpr,
-):
-    """A tile of one user's inputs [L_TILE, I_TILE], or of the votes [K_TILE, L_TILE, I_TILE]."""
-    at = (start + tl.arange(0, L_TILE)).to(tl.int64)[:, None]
-    i = tl.arange(0, I_TILE).to(tl.int64)[None, :]
-    here = (at < length) & (i < D_IN)
-    offsets = at * stride_l + i * stride_d
-    if OWN_VOTES:
-        k = tl.arange(0, K_TILE).to(tl.int64)[:, None, None]
-        x = tl.load(inputs + k * stride_k + offsets[None], mask=(k < K) & here[None], other=0.0)
-    else:
-        x = tl.load(inputs + offsets, mask=here, other=0.0)
-    return x
-
-
-@triton.jit
-def load_logits(
-    logits, start, stride_k, stride_l, length, K: tl.constexpr, K_TILE: tl.constexpr,
-    L_TILE: tl.constexpr,
-):  # fmt: skip
-    """The first logits of a tile [K_TILE, L_TILE]; zeros where there are none."""
-    if logits is None:
-        first = tl.zeros([K_TILE, L_TILE], tl.float32)
-    else:
-        k = tl.arange(0, K_TILE).to(tl.int64)[:, None]
-        at = (start + tl.arange(0, L_TILE)).to(tl.int64)[None, :]
+    """Logits in memory [K, L] become the couplings of a softmax over L, in place."""
+    k = tl.arange(0, K_TILE)[:, None]
+    tl.debug_barrier()
+    for start in range(0, bound(length), L_TILE):
+        at = start + tl.arange(0, L_TILE)[None, :]
         here = (k < K) & (at < length)
-        first = tl.load(logits + k * stride_k + at * stride_l, mask=here, other=0.0).to(tl.float32)
-    return first
-
-
-@triton.jit
-def load_real(mask, start, stride_l, length, L_TILE: tl.constexpr):
-    """Which positions of a tile [1, L_TILE] hold an item."""
-    at = (start + tl.arange(0, L_TILE))[None, :]
-    real = at < length
-    if mask is not None:
-        if mask.dtype.element_ty.is_int1():
-            real = tl.load(mask + at.to(tl.int64) * stride_l, mask=real, other=0) != 0
-        else:
-            real = real & (at < tl.load(mask))
-    return real
-
-
-@triton.jit
-def _norm2(
-    pooled,
-    weight,
-    stride_k,
-    stride_i,
-    stride_d,
-    WEIGHT: tl.constexpr,
-    K: tl.constexpr,
-    D_IN: tl.constexpr,
-    D: tl.constexpr,
-    D_TILE: tl.constexpr,
-):
-    """Squared lengths [K_TILE, 1] of the capsules."""
-    norm2 = tl.zeros([pooled.shape[0], 1], tl.float32)
-    for start in range(0, D, D_TILE):
-        c = times_weight(
-            pooled, weight, start, stride_k, stride_i, stride_d, WEIGHT, K, D_IN, D, D_TILE
-        )
-        norm2 += tl.sum(c * c, 1, keep_dims=True)
-    return norm2
-
-
-@triton.jit
-def _inverse_norm(norm2):
-    return 1 / tl.maximum(tl.sqrt(norm2), _SHORTEST_VOTE)
-
-
-@triton.jit
-def _load_inverse_norms(
-    inverse_norms, x, start, length, OWN_VOTES: tl.constexpr, WEIGHT: tl.constexpr,
-    K: tl.constexpr, K_TILE: tl.constexpr, L_TILE: tl.constexpr,
-):  # fmt: skip
-    """One over the lengths of a tile's votes, [K_TILE, L_TILE], or [1, L_TILE] if all agree."""
-    if OWN_VOTES:
-        votes = x.to(tl.float32)
-        inverse = _inverse_norm(tl.sum(votes * votes, 2))
-    elif WEIGHT == NO_WEIGHT:
-        votes = x.to(tl.float32)
-        inverse = _inverse_norm(tl.sum(votes * votes, 1)[None, :])
-    else:
-        stride_k = 0 if WEIGHT == SHARED else length
-        inverse = load_logits(inverse_norms, start, stride_k, 1, length, K, K_TILE, L_TILE)
-    return inverse
-
-
-@triton.jit(do_not_specialize=["length"])
-def _inverse_norms_kernel(
-    inputs,
-    weight,
-    out,
-    length,
-    inputs_stride_b,
-    inputs_stride_l,
-    inputs_stride_d,
-    weight_stride_k,
-    weight_stride_i,
-    weight_stride_d,
-    D_IN: tl.constexpr,
-    D: tl.constexpr,
-    L_TILE: tl.constexpr,
-    I_TILE: tl.constexpr,
-    D_TILE: tl.constexpr,
-):
-    """One over the lengths of a tile's votes for one capsule."""
-    user, k = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    at = tl.program_id(1).to(tl.int64) * L_TILE + tl.arange(0, L_TILE)[:, None]
-    inputs += user * inputs_stride_b + at * inputs_stride_l
-    weight += k.to(tl.int64) * weight_stride_k
-    norm2 = tl.zeros([L_TILE, 1], tl.float32)
-    for start in range(0, D, D_TILE):
-        d = start + tl.arange(0, D_TILE)[None, :]
-        votes = tl.zeros([L_TILE, D_TILE], tl.float32)
-        for first in range(0, D_IN, I_TILE):
-            i = first + tl.arange(0, I_TILE)
-            x = tl.load(
-                inputs + i[None, :] * inputs_stride_d,
-                mask=(at < length) & (i[None, :] < D_IN),
-                other=0.0,
-            )
-            w = tl.load(
-                weight + i[:, None] * weight_stride_i + d * weight_stride_d,
-                mask=(i[:, None] < D_IN) & (d < D),
-                other=0.0,
-            )
-            votes += product(x, w, weight.dtype.element_ty)
-        norm2 += tl.sum(votes * votes, 1, keep_dims=True)
-    out += (user * tl.num_programs(2) + k) * length + at
-    tl.store(out, _inverse_norm(norm2), mask=at < length)
+        kept = tl.load(logits + at, mask=here, other=float("-inf"))
+        share = tl.exp(kept - top) / tl.where(total > 0, total, 1.0)
+        tl.store(logits + at, share, mask=here)
 
 
 @triton.jit(do_not_specialize=["length", "iterations"])
@@ -321,6 +118,7 @@ def _dynamic_routing_forward_kernel(
     D_TILE: tl.constexpr,
 ):
     STORAGE: tl.constexpr = inputs.dtype.element_ty
+    TRACE: tl.constexpr = out is None
     user = tl.program_id(0).to(tl.int64)
     inputs += user * inputs_stride_b
     if logits is not None:
@@ -331,35 +129,36 @@ def _dynamic_routing_forward_kernel(
         inverse_norms += user * length * (1 if WEIGHT == SHARED else K)
     k = tl.arange(0, K_TILE)[:, None]
     i = tl.arange(0, I_TILE)[None, :]
-    coupling += (user * K + k) * length
-    pooled_out += (user * K + k) * D_IN
-    out += (user * K + k) * D
+    # With a trace, those of each iteration, in the first of 2 R - 1 places.
+    places = user * (2 * iterations - 1 if TRACE else 1)
+    coupling += (places * K + k) * length
+    pooled_out += (places * K + k) * D_IN
     present = k < K
     if capsule_mask is not None:
         offsets = user * capsule_mask_stride_b + k.to(tl.int64) * capsule_mask_stride_k
         present = tl.load(capsule_mask + offsets, mask=present, other=0) != 0
 
     if WHOLE:
-        x = _load_inputs(
+        x = load_inputs(
             inputs, 0, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
             OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
         )  # fmt: skip
         first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
         real = load_real(mask, 0, mask_stride_l, length, L_TILE)
         if NORMALIZE:
-            inverse = _load_inverse_norms(
+            inverse = load_inverse_norms(
                 inverse_norms, x, 0, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
             )
     back = tl.zeros([K_TILE, I_TILE], tl.float32)
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
-    top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
+    top = tl.full([K_TILE, 1], LOWEST, tl.float32)
     total = tl.zeros([K_TILE, 1], tl.float32)
     # The first weighted sum knows no agreement. It is compiled apart, because a branch would have
     # Triton repeat the softmax in every layout that its uses ask for.
     for AGAIN in tl.static_range(2):
         for step in range(bound(iterations) - 1 if AGAIN else 1):
             if AGAIN:
-                norm2 = _norm2(
+                norm2 = squared_lengths(
                     pooled, weight, weight_stride_k, weight_stride_i, weight_stride_d,
                     WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
@@ -380,11 +179,14 @@ def _dynamic_routing_forward_kernel(
                 last_top = top
                 last_total = tl.where(total > 0, total, 1.0)
                 tl.debug_barrier()
-            top = tl.full([K_TILE, 1], _LOWEST, tl.float32)
+            top = tl.full([K_TILE, 1], LOWEST, tl.float32)
             total = tl.zeros([K_TILE, 1], tl.float32)
+            if TRACE and AGAIN:
+                coupling += K * length
+                pooled_out += K * D_IN
             for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
                 if not WHOLE:
-                    x = _load_inputs(
+                    x = load_inputs(
                         inputs, start, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
                         OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
                     )  # fmt: skip
@@ -393,7 +195,7 @@ def _dynamic_routing_forward_kernel(
                     )
                     real = load_real(mask, start, mask_stride_l, length, L_TILE)
                     if NORMALIZE:
-                        inverse = _load_inverse_norms(
+                        inverse = load_inverse_norms(
                             inverse_norms, x, start, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
                         )
                 at = start + tl.arange(0, L_TILE)[None, :]
@@ -409,7 +211,11 @@ def _dynamic_routing_forward_kernel(
                         logit = agreement
                     elif UPDATE == COUPLING:
                         here = (k < K) & (at < length)
-                        if AXIS == CAPSULES:
+                        if TRACE:
+                            last = tl.load(coupling + at - K * length, mask=here, other=0.0)
+                            if PADDING == ZERO_AFTER:
+                                last = tl.where(real, last, 0.0)
+                        elif AXIS == CAPSULES:
                             last = tl.load(coupling + at, mask=here, other=0.0)
                         else:
                             last = tl.load(coupling + at, mask=here, other=float("-inf"))
@@ -421,10 +227,10 @@ def _dynamic_routing_forward_kernel(
                         logit += agreement
                 logit *= inverse_temperature
                 if PADDING == FILL_BEFORE:
-                    logit = tl.where(real, logit, _PADDING_LOGIT)
+                    logit = tl.where(real, logit, PADDING_LOGIT)
                 taken = at < length if PADDING == FILL_BEFORE else real
                 if AXIS == CAPSULES:
-                    logit = tl.where(present, logit, _LOWEST)
+                    logit = tl.where(present, logit, LOWEST)
                     share = tl.where(present, tl.exp(logit - tl.max(logit, 0, keep_dims=True)), 0.0)
                     sum_of_shares = tl.sum(share, 0, keep_dims=True)
                     share = share / tl.where(sum_of_shares > 0, sum_of_shares, 1.0)
@@ -434,11 +240,11 @@ def _dynamic_routing_forward_kernel(
                         share,
                         mask=(k < K)
                         & (at < length)
-                        & ((UPDATE == COUPLING) | (step + AGAIN == iterations - 1)),
+                        & ((UPDATE == COUPLING) | TRACE | (step + AGAIN == iterations - 1)),
                     )
                 else:
                     counts = real if PADDING == IGNORE else at < length
-                    logit = tl.where(counts, logit, _LOWEST)
+                    logit = tl.where(counts, logit, LOWEST)
                     new_top = tl.maximum(top, tl.max(logit, 1, keep_dims=True))
                     share = tl.where(counts, tl.exp(logit - new_top), 0.0)
                     rescale = tl.exp(top - new_top)
@@ -446,14 +252,15 @@ def _dynamic_routing_forward_kernel(
                     pooled *= rescale
                     top = new_top
                     share = tl.where(taken & present, share, 0.0)
-                    # Kept as a logit until the sum is known.
-                    kept = tl.where(taken & present, logit, float("-inf"))
+                    # A logit until the sum is known; a trace has the softmax before the mask.
+                    kept = counts if TRACE else taken
+                    kept = tl.where(kept & present, logit, float("-inf"))
                     tl.store(
                         coupling + at,
                         kept,
                         mask=(k < K)
                         & (at < length)
-                        & ((UPDATE == COUPLING) | (step + AGAIN == iterations - 1)),
+                        & ((UPDATE == COUPLING) | TRACE | (step + AGAIN == iterations - 1)),
                     )
                 if OWN_VOTES:
                     pooled += tl.sum(share[:, :, None] * x.to(tl.float32), 1)
@@ -461,27 +268,28 @@ def _dynamic_routing_forward_kernel(
                     pooled += product(share, x, STORAGE)
             if AXIS != CAPSULES:
                 pooled /= tl.where(total > 0, total, 1.0)
-    if AXIS != CAPSULES:
-        tl.debug_barrier()
-        for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
-            at = start + tl.arange(0, L_TILE)[None, :]
-            here = (k < K) & (at < length)
-            kept = tl.load(coupling + at, mask=here, other=float("-inf"))
-            share = tl.exp(kept - top) / tl.where(total > 0, total, 1.0)
-            tl.store(coupling + at, share, mask=here)
-    tl.store(pooled_out + i, pooled, mask=(k < K) & (i < D_IN))
-    norm2 = _norm2(
-        pooled, weight, weight_stride_k, weight_stride_i, weight_stride_d, WEIGHT, K, D_IN, D,
-        D_TILE,
-    )  # fmt: skip
-    factor, _ = squash_factor(norm2, FINAL, eps, power)
-    for start in range(0, D, D_TILE):
-        c = times_weight(
-            pooled, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
-            WEIGHT, K, D_IN, D, D_TILE,
+            if TRACE:
+                if AXIS != CAPSULES:
+                    _finish_softmax(coupling, top, total, length, K, K_TILE, L_TILE)
+                    tl.debug_barrier()
+                tl.store(pooled_out + i, pooled, mask=(k < K) & (i < D_IN))
+    if not TRACE:
+        if AXIS != CAPSULES:
+            _finish_softmax(coupling, top, total, length, K, K_TILE, L_TILE)
+        tl.store(pooled_out + i, pooled, mask=(k < K) & (i < D_IN))
+        norm2 = squared_lengths(
+            pooled, weight, weight_stride_k, weight_stride_i, weight_stride_d, WEIGHT, K, D_IN, D,
+            D_TILE,
         )  # fmt: skip
-        d = start + tl.arange(0, D_TILE)[None, :]
-        tl.store(out + d, factor * c, mask=(k < K) & (d < D))
+        factor, _ = squash_factor(norm2, FINAL, eps, power)
+        out += (user * K + k) * D
+        for start in range(0, D, D_TILE):
+            c = times_weight(
+                pooled, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
+                WEIGHT, K, D_IN, D, D_TILE,
+            )  # fmt: skip
+            d = start + tl.arange(0, D_TILE)[None, :]
+            tl.store(out + d, factor * c, mask=(k < K) & (d < D))
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -569,82 +377,6 @@ def _dynamic_routing_backward_kernel(
                 tl.store(inputs_grad + row * D_IN + i, tl.sum(x_grad, 0), mask=here)
 
 
-def _kind(inputs: Tensor, weight: Tensor | None) -> dict[str, bool | int]:
-    """Constants that say what votes are made of: 0 nothing, 1 a shared weight, 2 one a capsule."""
-    return {
-        "OWN_VOTES": inputs.dim() == 4,
-        "WEIGHT": 0 if weight is None else weight.dim() - 1,
-    }
-
-
-def _strides(tensor: Tensor | None, dims: int) -> list[int]:
-    """Strides of the last dimensions; 0 for those that the tensor does not have or repeats."""
-    if tensor is None:
-        return [0] * dims
-    strides = [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    return [0] * (dims - len(strides)) + strides
-
-
-def _tiling(
-    k: int, length: int, d_in: int, weight: Tensor | None, expanded: bool
-) -> dict[str, int]:
-    """Tiles that stay in registers, and warps enough to hold them.
-
-    Positions are ``expanded`` where a tile holds one vector for each capsule.
-    """
-    k_tile, i_tile = padded(k), padded(d_in, 16)
-    per_position = k_tile * i_tile if expanded else max(k_tile, i_tile)
-    shortest = 1 if expanded else 16
-    longest = max(shortest, min(_LONGEST_TILE, _TILE_ELEMENTS // per_position))
-    l_tile = min(padded(length, shortest), longest)
-    d_tile = i_tile
-    if weight is not None:
-        d_tile = min(padded(weight.shape[-1], 16), max(16, _TILE_ELEMENTS // i_tile))
-    elements = max(per_position * l_tile, 0 if weight is None else i_tile * d_tile)
-    outputs = k_tile * max(l_tile, i_tile, d_tile)
-    warps = max(1, elements // 1024, outputs // 256, i_tile // 16)
-    if weight is not None and weight.dtype is torch.float32 and (weight.dim() == 3 or k_tile > 8):
-        # Products in float32 hold whole operands, next to the tile of inputs.
-        warps *= 2
-    return {
-        "K_TILE": k_tile,
-        "L_TILE": l_tile,
-        "I_TILE": i_tile,
-        "D_TILE": d_tile,
-        "num_warps": min(8, warps),
-        "num_stages": 1,
-        "maxnreg": MOST_REGISTERS,
-    }
-
-
-def _inverse_norms(inputs: Tensor, weight: Tensor) -> Tensor:
-    """One over the lengths of the votes [B,1,L], or [B,K,L] with a weight per capsule."""
-    batch, length, d_in = inputs.shape
-    rows = 1 if weight.dim() == 2 else weight.shape[0]
-    out = inputs.new_empty(batch, rows, length, dtype=torch.float32)
-    l_tile = min(padded(length, 16), 32)
-    launch(
-        _inverse_norms_kernel,
-        (batch, triton.cdiv(length, l_tile), rows),
-        inputs,
-        weight,
-        out,
-        length,
-        *inputs.stride(),
-        *_strides(weight, 3),
-        D_IN=d_in,
-        D=weight.shape[-1],
-        L_TILE=l_tile,
-        I_TILE=min(padded(d_in, 16), 32),
-        D_TILE=min(padded(weight.shape[-1], 16), 64),
-        num_warps=4,
-    )
-    return out
-
-
 def dynamic_routing(
     inputs: Tensor,
     weight: Tensor | None,
@@ -668,23 +400,60 @@ def dynamic_routing(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Capsules [B,K,D], and for backward the last coupling [B,K,L] and weighted sum [B,K,D_in].
 
-    The capsules have the dtype of the inputs unless another is asked for.
+    The capsules have the dtype of the inputs unless another is asked for. With a weight per
+    position the weighted sum is that of the votes [B,K,D].
     """
+    inner = squash if inner_squash else IDENTITY.value
+    final = squash if final_squash else IDENTITY.value
+    if weight is not None and weight.dim() == 4:
+        return PositionRouting(
+            inputs, weight, logits, mask, capsule_mask, num_capsules, iterations, softmax_over,
+            padding, update, normalize_agreement, inner, final, temperature, eps, power,
+        ).forward(dtype)  # fmt: skip
     batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
     d = d_in if weight is None else weight.shape[-1]
     out = inputs.new_empty(batch, num_capsules, d, dtype=dtype)
     coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
-    kind = _kind(inputs, weight)
-    tiles = _tiling(num_capsules, length, d_in, weight, kind["OWN_VOTES"])
+    _route(
+        inputs, weight, logits, mask, capsule_mask, out, coupling, pooled, iterations, softmax_over,
+        padding, update, normalize_agreement, inner, final, temperature, eps, power,
+    )  # fmt: skip
+    return out, coupling, pooled
+
+
+def _route(
+    inputs: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    mask: Tensor | None,
+    capsule_mask: Tensor | None,
+    out: Tensor | None,
+    coupling: Tensor,
+    pooled: Tensor,
+    iterations: int,
+    softmax_over: int,
+    padding: int,
+    update: int,
+    normalize_agreement: bool,
+    inner_squash: int,
+    final_squash: int,
+    temperature: float,
+    eps: float,
+    power: float,
+) -> None:
+    """Fills ``coupling`` and ``pooled``, without ``out`` with a trace of all iterations."""
+    k, length, d_in = coupling.shape[-2], inputs.shape[-2], inputs.shape[-1]
+    kind = votes_of(inputs, weight)
+    tiles = tiles_of(k, length, d_in, weight, kind["OWN_VOTES"])
     inverse_norms = None
     if normalize_agreement and weight is not None and iterations > 1:
-        inverse_norms = _inverse_norms(inputs, weight)
+        inverse_norms = inverse_norms_of(inputs, weight)
     if inputs.dim() == 3:
         inputs = inputs[:, None]
     launch(
         _dynamic_routing_forward_kernel,
-        (batch,),
+        (inputs.shape[0],),
         inputs,
         weight,
         logits,
@@ -697,27 +466,26 @@ def dynamic_routing(
         length,
         iterations,
         *inputs.stride(),
-        *_strides(weight, 3),
-        *_strides(logits, 3),
-        *(_strides(mask, 2) if mask is None or mask.dim() == 2 else (mask.stride(0), 0)),
-        *_strides(capsule_mask, 2),
+        *strides_of(weight, 3),
+        *strides_of(logits, 3),
+        *mask_strides(mask),
+        *strides_of(capsule_mask, 2),
         1 / temperature,
         eps,
         power,
         **kind,
-        K=num_capsules,
+        K=k,
         D_IN=d_in,
-        D=d,
+        D=d_in if weight is None else weight.shape[-1],
         AXIS=softmax_over,
         PADDING=padding,
         UPDATE=update,
         NORMALIZE=normalize_agreement and iterations > 1,
-        INNER=squash if inner_squash else IDENTITY.value,
-        FINAL=squash if final_squash else IDENTITY.value,
+        INNER=inner_squash,
+        FINAL=final_squash,
         WHOLE=length <= tiles["L_TILE"],
         **tiles,
     )
-    return out, coupling, pooled
 
 
 def dynamic_routing_backward(
@@ -743,7 +511,50 @@ def dynamic_routing_backward(
     power: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the inputs and of the weight through the last weighted sum."""
+    """Gradients of the inputs, the weight and the logits; of the last two where they have one."""
+    inner = squash if inner_squash else IDENTITY.value
+    final = squash if final_squash else IDENTITY.value
+    batch, k, length = coupling.shape
+    by_position = weight is not None and weight.dim() == 4
+    normalized = weight is not None and normalize_agreement and iterations > 1
+    if by_position or (full_gradient and normalized):
+        routing = PositionRouting(
+            inputs, weight, logits, mask, capsule_mask, k, iterations, softmax_over, padding,
+            update, normalize_agreement, inner, final, temperature, eps, power,
+        )  # fmt: skip
+        if full_gradient:
+            grads = routing.full_backward(grad, needs)
+        else:
+            grads = routing.last_backward(grad, coupling, pooled, needs)
+    elif full_gradient:
+        places = 2 * iterations - 1
+        coefficients = coupling.new_empty(batch, places, k, length)
+        pooled = pooled.new_empty(batch, places, k, inputs.shape[-1])
+        _route(
+            inputs, weight, logits, mask, capsule_mask, None, coefficients, pooled, iterations,
+            softmax_over, padding, update, normalize_agreement, inner, final, temperature, eps,
+            power,
+        )  # fmt: skip
+        grads = full_gradient_of(
+            grad, inputs, weight, logits, mask, coefficients, pooled, softmax_over, padding, update,
+            normalize_agreement, inner, final, temperature, eps, power, needs,
+        )  # fmt: skip
+    else:
+        grads = _last_gradient_of(grad, inputs, weight, coupling, pooled, final, eps, power, needs)
+    return tuple(inputs.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _last_gradient_of(
+    grad: Tensor,
+    inputs: Tensor,
+    weight: Tensor | None,
+    coupling: Tensor,
+    pooled: Tensor,
+    final_squash: int,
+    eps: float,
+    power: float,
+    needs: int,
+) -> tuple[Tensor | None, Tensor | None, None]:
     coupling, pooled = coupling.contiguous(), pooled.contiguous()
     batch, k, length = coupling.shape
     d_in, d = pooled.shape[-1], grad.shape[-1]
@@ -761,24 +572,19 @@ def dynamic_routing_backward(
         pooled,
         length,
         *grad.stride(),
-        *_strides(weight, 3),
+        *strides_of(weight, 3),
         eps,
         power,
-        **_kind(inputs, weight),
+        **votes_of(inputs, weight),
         K=k,
         D_IN=d_in,
         D=d,
-        FINAL=squash if final_squash else IDENTITY.value,
-        **_tiling(k, length, d_in, weight, True),
+        FINAL=final_squash,
+        **tiles_of(k, length, d_in, weight, True),
     )
     weight_grad = None
     if wants_weight:
         rows = (batch, k) if weight.dim() == 3 else (batch * k, 1)
         (weight_grad,) = outer_sums([(pooled.view(*rows, d_in), capsule_grad.view(*rows, d))])
         weight_grad = weight_grad.view(weight.shape).to(weight.dtype)
-    empty = inputs.new_empty(0)
-    return (
-        empty if inputs_grad is None else inputs_grad,
-        empty if weight_grad is None else weight_grad,
-        inputs.new_empty(0),
-    )
+    return inputs_grad, weight_grad, None

@@ -160,10 +160,12 @@ def _calls() -> Iterator[tuple[str, Call]]:
         yield f"over inputs {name}", call.trainable()
         for weight in ("shared", "per_capsule"):
             update = {"update": "coupling", "normalize_agreement": True, "weight": weight}
-            call = routing_call(
-                **update, length=50, k=8, d_in=64, d=64, history="mask", dtype=dtype
-            )
+            sizes_of_wide = {"length": 50, "k": 8, "d_in": 64, "d": 64, "history": "mask"}
+            call = routing_call(**update, **sizes_of_wide, dtype=dtype)
             yield f"update {name}", call.trainable()
+            full = {"gradient": "full", "softmax_over": "inputs", "weight": weight}
+            call = routing_call(**full, **sizes_of_wide, dtype=dtype)
+            yield f"full {name}", call.trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
         for d in (10, 32, 64):
             for prototypes, seen in ((3, 5), (None, 0)):

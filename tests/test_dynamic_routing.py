@@ -1,7 +1,6 @@
 """The dynamic routing op: every option and shape, and what the options mean."""
 
 import itertools
-import re
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimnet_fast import BackendUnavailable, backends, ops
+from mimnet_fast import ops
 from mimnet_fast._options import GRADIENTS, PADDINGS, SOFTMAX_AXES, SQUASH_FORMS, UPDATES
 
 SHAPES = [
@@ -55,7 +54,7 @@ OPTIONS = [
     *({"squash": form} for form in SQUASH_FORMS[1:]),
 ]
 
-CPU_OPTIONS = [
+UPDATES_AND_GRADIENTS = [
     {"update": "replace"},
     {"update": "coupling", "history": "mask"},
     {"update": "coupling", "history": "mask", "softmax_over": "inputs"},
@@ -239,29 +238,10 @@ def test_every_option_of_the_update_counts(backend, weight, mutation):
     assert changed(call, backend, UPDATE_MUTATIONS[mutation]) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient": "full"},
-        {"weight": "per_position"},
-    ],
-    ids=option_id,
-)
-def test_what_only_the_cpu_offers_is_said_by_the_others(options):
-    call = routing_call(**options)
-    reasons = backends.explain(call.op, *call.args, **call.options)
-    assert reasons["native"] == reasons["reference"] == []
-    (reason,) = reasons["triton"]
-    if backends.available()["triton"] is None:
-        assert re.match("no Triton kernel for .* in this version", reason)
-        with pytest.raises(BackendUnavailable, match=re.escape(reason)):
-            call(backend="triton")
-
-
-@pytest.mark.parametrize("options", CPU_OPTIONS, ids=option_id)
+@pytest.mark.parametrize("options", UPDATES_AND_GRADIENTS, ids=option_id)
 @pytest.mark.parametrize("weight", EVERY_WEIGHT)
 @pytest.mark.parametrize("dtype", SINGLE_AND_HALF, ids=dtype_id)
-def test_options_of_the_cpu(backend, dtype, weight, options):
+def test_updates_and_gradients(backend, dtype, weight, options):
     gentle(routing_call(weight=weight, dtype=dtype, **options)).verify(backend)
 
 
@@ -316,7 +296,7 @@ COUPLINGS = [
     {"weight": "per_capsule", "absent_capsules": True, "temperature": 3.0, "dtype": torch.bfloat16},
     {"weight": "votes", "logits": None, "history": "mask"},
 ]
-CPU_COUPLINGS = [
+COUPLINGS_OF_UPDATES = [
     {"weight": "per_position", "history": "mask"},
     {"weight": "per_position", "gradient": "full", "history": "lengths"},
     *({"gradient": "full", "history": "mask", "update": update} for update in UPDATES),
@@ -328,8 +308,8 @@ def test_coupling(backend, options):
     unsaturated(routing_call(**options, return_coupling=True)).verify(backend)
 
 
-@pytest.mark.parametrize("options", CPU_COUPLINGS, ids=option_id)
-def test_coupling_of_the_cpu(backend, options):
+@pytest.mark.parametrize("options", COUPLINGS_OF_UPDATES, ids=option_id)
+def test_coupling_after_updates(backend, options):
     gentle(routing_call(**options, return_coupling=True)).verify(backend)
 
 

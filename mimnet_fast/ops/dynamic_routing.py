@@ -205,12 +205,10 @@ def dynamic_routing(
     unsupported: dict[str, list[str]] = {}
     device = "cpu" if inputs.device.type == "cpu" else "cuda"
     for name, kind in SERVE_SOME_OPTIONS[device].items():
-        asked = {
-            "jagged histories": jagged,
-            "a weight per position and capsule": weight is not None and weight.dim() == 4,
-            'gradient="full"': full,
-        }
+        asked = {"jagged histories": jagged}
         if name == "native":
+            asked["a weight per position and capsule"] = weight is not None and weight.dim() == 4
+            asked['gradient="full"'] = full
             asked[f"update={update!r}"] = update != "accumulate"
             asked["normalize_agreement"] = normalize_agreement
         unsupported[name] = [
