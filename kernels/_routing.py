@@ -15,6 +15,7 @@ ZERO_AFTER = tl.constexpr(0)
 FILL_BEFORE = tl.constexpr(1)
 IGNORE = tl.constexpr(2)
 
+ACCUMULATE = tl.constexpr(0)
 REPLACE = tl.constexpr(1)
 COUPLING = tl.constexpr(2)
 

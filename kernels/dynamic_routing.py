@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ._launch import launch
 from ._routing import (
+    ACCUMULATE,
     CAPSULES,
     COUPLING,
     FILL_BEFORE,
@@ -163,7 +164,7 @@ def _dynamic_routing_forward_kernel(
                     WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
                 factor, _ = squash_factor(norm2, INNER, eps, power)
-                if UPDATE != 0:
+                if UPDATE != ACCUMULATE:
                     back = tl.zeros([K_TILE, I_TILE], tl.float32)
                 for start in range(0, D, D_TILE):
                     c = times_weight(

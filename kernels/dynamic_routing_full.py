@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ._launch import MOST_REGISTERS, launch
 from ._routing import (
+    ACCUMULATE,
     CAPSULES,
     COUPLING,
     FILL_BEFORE,
@@ -235,16 +236,15 @@ def _walk_back_kernel(
                 else:
                     share_grad = tl.load(coupling_grad + at, mask=here, other=0.0) - base - mean
                 update_grad = share * share_grad * inverse_temperature
-                if MASKS or PADDING == FILL_BEFORE:
-                    real = load_real(mask, start, mask_stride_l, length, L_TILE)
-                    if MASKS:
-                        tl.store(coefficients + at, tl.where(real, share, 0.0), mask=here)
-                    else:
-                        update_grad = tl.where(real, update_grad, 0.0)
-                if AGAIN and UPDATE == 0:
+                real = load_real(mask, start, mask_stride_l, length, L_TILE)
+                if PADDING == FILL_BEFORE:
+                    update_grad = tl.where(real, update_grad, 0.0)
+                if AGAIN and UPDATE == ACCUMULATE:
                     update_grad += before
                 # Others may still read what was there.
                 tl.debug_barrier()
+                if MASKS:
+                    tl.store(coefficients + at, tl.where(real, share, 0.0), mask=here)
                 tl.store(logit_grad + at, update_grad, mask=here)
                 if NORMALIZE:
                     update_grad *= load_inverse_norms(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._launch import MOST_REGISTERS, launch
 from ._routing import (
+    ACCUMULATE,
     CAPSULES,
     COUPLING,
     FILL_BEFORE,
@@ -44,8 +45,6 @@ from ._tiles import bound, padded, product
 from .dynamic_routing_full import gradient_of_logits
 from .squash import squash_tile, squash_tile_backward
 from .weight_gradients import add_parts
-
-ACCUMULATE = 0
 
 _CHUNK = 32
 """Positions of a partial sum: fixed, so that no sum depends on the device."""
@@ -350,7 +349,7 @@ def _softmax_backward_kernel(
         update_grad = share * share_grad * inverse_temperature
         if PADDING == FILL_BEFORE:
             update_grad = tl.where(real, update_grad, 0.0)
-        if AGAIN and UPDATE == 0:
+        if AGAIN and UPDATE == ACCUMULATE:
             update_grad += before
         # Others may still read what was there.
         tl.debug_barrier()
@@ -590,7 +589,7 @@ class PositionRouting:
         k_tile = padded(self.k)
         self.tile = {"K_TILE": k_tile, "L_TILE": min(padded(self.length), max(16, 1024 // k_tile))}
         over_capsules = triton.cdiv(self.length, self.tile["L_TILE"])
-        self.softmax_grid = (self.batch, over_capsules if softmax_over == 0 else 1)
+        self.softmax_grid = (self.batch, over_capsules if softmax_over == CAPSULES.value else 1)
 
     def _empty(self, *shape: int) -> Tensor:
         return self.inputs.new_empty(shape, dtype=torch.float32)
@@ -727,7 +726,9 @@ class PositionRouting:
     ) -> None:
         """All iterations; what they leave behind comes in a list with a place for each."""
         prior, agreement = self.logits, None
-        logits = self._per_vote() if self.update == ACCUMULATE and self.iterations > 1 else None
+        logits = (
+            self._per_vote() if self.update == ACCUMULATE.value and self.iterations > 1 else None
+        )
         for step in range(self.iterations):
             is_last = step + 1 == self.iterations
             self._softmax(

@@ -29,7 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from cases import EVERY_OP, Call, attention_call, catalogue_call, routing_call  # noqa: E402
+from cases import (  # noqa: E402
+    EVERY_OP,
+    SAME_TRITON_KERNELS,
+    Call,
+    attention_call,
+    catalogue_call,
+    routing_call,
+)
 
 from bench import cases as sizes  # noqa: E402
 from mimnet_fast import backends, ops  # noqa: E402
@@ -160,19 +167,22 @@ def _calls() -> Iterator[tuple[str, Call]]:
         yield f"over inputs {name}", call.trainable()
         for weight in ("shared", "per_capsule"):
             update = {"update": "coupling", "normalize_agreement": True, "weight": weight}
-            sizes_of_wide = {"length": 50, "k": 8, "d_in": 64, "d": 64, "history": "mask"}
-            call = routing_call(**update, **sizes_of_wide, dtype=dtype)
+            wide = {"length": 50, "k": 8, "d_in": 64, "d": 64, "history": "mask"}
+            call = routing_call(**update, **wide, dtype=dtype)
             yield f"update {name}", call.trainable()
             full = {"gradient": "full", "softmax_over": "inputs", "weight": weight}
-            call = routing_call(**full, **sizes_of_wide, dtype=dtype)
+            call = routing_call(**full, **wide, dtype=dtype)
             yield f"full {name}", call.trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
         for d in (10, 32, 64):
             for prototypes, seen in ((3, 5), (None, 0)):
                 options = {"prototypes": prototypes, "seen": seen, "dtype": dtype}
                 yield f"catalogue D{d} {name}", catalogue_call(k=7, d=d, n=999, **options)
+        by_position = full | {"weight": "per_position", "normalize_agreement": True, "b": 128}
+        yield f"position {name}", routing_call(**by_position, **wide, dtype=dtype).trainable()
     for kind, build in EVERY_OP.items():
-        yield kind, build().trainable()
+        if kind not in SAME_TRITON_KERNELS:
+            yield kind, build().trainable()
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

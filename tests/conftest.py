@@ -9,7 +9,7 @@ if not any("cuda" in argument for argument in sys.argv):
 
 import pytest
 import torch
-from cases import interpreted
+from cases import SAME_TRITON_KERNELS, interpreted
 
 from mimnet_fast import BackendUnavailable, backends
 
@@ -38,8 +38,14 @@ def _seed(request):
 def backend(request, device):
     """Each backend that has kernels; the reference is what they are compared with."""
     parameters = request.node.callspec.params
-    if interpreted(request.param) and parameters.get("dtype") is torch.float16:
-        pytest.skip("Triton's interpreter computes float16 as it does bfloat16")
+    if interpreted(request.param):
+        if parameters.get("dtype") is torch.float16:
+            pytest.skip("Triton's interpreter computes float16 as it does bfloat16")
+        if twin := SAME_TRITON_KERNELS.get(parameters.get("name")):
+            pytest.skip(f"seconds in Triton's interpreter, on the kernels of {twin}")
+        half = parameters.get("dtype") is torch.bfloat16 and "shape" not in parameters
+        if half and parameters.get("weight") == "per_position":
+            pytest.skip("seconds in Triton's interpreter, which test_shapes spends on bfloat16")
     return _usable(request.param, device)
 
 
