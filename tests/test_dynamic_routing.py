@@ -96,6 +96,14 @@ def gentle(call):
     return call.map(lambda t: t / 20 if t.is_floating_point() else t)
 
 
+def some_positions(backend, weight, shape):
+    """The shape, or what of it Triton's interpreter does in seconds."""
+    shape = {**shape, "b": some_users(backend, shape["b"])}
+    if interpreted(backend) and weight == "per_position":
+        shape["length"] = min(shape["length"], 4)
+    return shape
+
+
 def option_id(options):
     return "-".join(f"{name}={value}" for name, value in options.items())
 
@@ -114,7 +122,7 @@ def test_weights_and_paddings(backend, dtype, weight, softmax_over, history, pad
 @pytest.mark.parametrize("weight", EVERY_WEIGHT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_shapes(backend, dtype, weight, shape):
-    shape = {**shape, "b": some_users(backend, shape["b"])}
+    shape = some_positions(backend, weight, shape)
     routing_call(weight=weight, history="mask", dtype=dtype, **shape).verify(backend)
 
 
@@ -122,6 +130,7 @@ def test_shapes(backend, dtype, weight, shape):
 @pytest.mark.parametrize("weight", EVERY_WEIGHT)
 def test_shapes_with_a_full_gradient(backend, weight, shape):
     options = {"gradient": "full", "normalize_agreement": len(weight) % 2 == 0}
+    shape = some_positions(backend, weight, shape)
     call = routing_call(weight=weight, history="mask", logits="one", **options, **shape)
     gentle(call).verify(backend)
 
@@ -432,16 +441,17 @@ def test_wide_normalized_votes(backend, weight):
 def test_large_history_and_batch_with_a_weight_per_position(backend, gradient):
     """Several chunks of positions, the last one short; votes that a group can keep, and more."""
     sizes = {"d_in": 3, "weight": "per_position", "history": "mask"}
-    few, many = {"b": 130, "length": 70, "k": 3, "d": 5}, {"b": 3, "length": 200, "k": 8, "d": 24}
+    shapes = {"b": 130, "length": 70, "k": 3, "d": 5}, {"b": 3, "length": 200, "k": 8, "d": 24}
+    normalize = (False, True)
+    if interpreted(backend):
+        shapes, normalize = ({"b": 34, "length": 33, "k": 1, "d": 5},), (True,)
     for axis, update in zip(SOFTMAX_AXES, UPDATES[::2], strict=True):
-        for shape in (few, many):
-            call = routing_call(
-                **sizes, **shape, gradient=gradient, softmax_over=axis, update=update
-            )
-            gentle(call).verify(backend)
-            gentle(replace(call, options={**call.options, "normalize_agreement": True})).verify(
-                backend
-            )
+        options = {"gradient": gradient, "softmax_over": axis, "update": update}
+        for shape in shapes:
+            call = routing_call(**sizes, **shape, **options)
+            for on in normalize:
+                options_of_call = {**call.options, "normalize_agreement": on}
+                gentle(replace(call, options=options_of_call)).verify(backend)
 
 
 def test_random_numbers_are_never_drawn(backend):
