@@ -55,6 +55,7 @@ from mimnet_fast.cdr.synthetic import Synthetic
 
 CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
 Backend = Literal["auto", "native", "triton", "reference"]
+Ablated = Literal["mimnet", "mimnet-released"]
 ModelName = Literal[
     "mimnet", "mimnet-released", "ptupcdr", "remit", "emcdr", "sscdr", "lacdr", "cmf", "tgt", "all"
 ]
@@ -439,6 +440,9 @@ def sweep(
 def ablate(
     dataset: DatasetFolder,
     out: Out,
+    model: Annotated[Ablated, typer.Option(help="Whose parts; the public code's are quirks.")] = (
+        "mimnet"
+    ),
     betas: Betas = [Config.beta],  # noqa: B006
     seeds: Seeds = 5,
     seed: FirstSeed = Config.seed,
@@ -446,13 +450,13 @@ def ablate(
     as_json: AsJson = False,
     **settings: Any,
 ) -> None:
-    """Train MIMNet and MIMNet without each of its parts.
+    """Train MIMNet and MIMNet without each of its parts, or its public code without its quirks.
 
     ablate.{md,csv,json} and a plot in --out are brought up to date after every trained model.
     """
-    specs = {"mimnet": MODELS["mimnet"], **ABLATIONS}
+    specs = {model: MODELS[model], **ABLATIONS[model]}
     variants = tuple(Variant(name, spec.title, name) for name, spec in specs.items())
-    plan = Plan("ablate", variants, tuple(betas), tuple(range(seed, seed + seeds)))
+    plan = Plan("ablate", variants, tuple(betas), tuple(range(seed, seed + seeds)), reference=model)
     _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
 
 

@@ -121,7 +121,7 @@ def test_every_ablation_trains_all_of_its_parameters(inputs: FrozenInputs) -> No
         }
     )
 
-    for name, spec in ABLATIONS.items():
+    for name, spec in ABLATIONS["mimnet"].items():
         model = spec.build(config)
         rate(model, wide, 0).square().sum().backward()
         missing = [key for key, each in model.named_parameters() if each.grad is None]
@@ -130,14 +130,15 @@ def test_every_ablation_trains_all_of_its_parameters(inputs: FrozenInputs) -> No
     assert TRAINABLE["single-interest"].build(config).evaluation_logits.shape == (1, 1, 20)
 
 
+@pytest.mark.parametrize("model", ["mimnet", "mimnet-released"])
 def test_ablations_run_in_a_grid(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.setattr(reports, "PLOTS", False)
     config = Config(base_epochs=1, epochs=1, prototypes=5, backend="reference")
-    names = ("mimnet", *ABLATIONS)
+    names = (model, *ABLATIONS[model])
     variants = tuple(Variant(name, TRAINABLE[name].title, name) for name in names)
-    plan = Plan("ablate", variants, (0.25,), (2,))
+    plan = Plan("ablate", variants, (0.25,), (2,), reference=model)
     found = run_grid(dataset, config, plan, tmp_path, Progress(disable=True))
     rows = {row["name"]: row for row in found["rows"] if not row["trivial"]}
     assert list(rows) == list(names)

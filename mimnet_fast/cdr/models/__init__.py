@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -74,31 +74,22 @@ def _width(config: Config, model: type[TransferModel]) -> int:
     return config.features + (profiles.WIDTH if profiled else 0)
 
 
-def _mimnet(config: Config, model: type[MIMNet] = MIMNet) -> TransferModel:
-    return model(
+def _routed(config: Config, model: type[Any], **options: Any) -> TransferModel:
+    """MIMNet or a model of the same settings."""
+    built: TransferModel = model(
         _width(config, model),
         config.hidden,
         interests=config.interests,
         iterations=config.iterations,
         history_length=config.history_length,
         backend=config.backend,
+        **options,
     )
+    return built
 
 
 def _single_interest(config: Config) -> TransferModel:
-    return _mimnet(replace(config, interests=1))
-
-
-def _ablation(config: Config, without: tuple[Part, ...]) -> TransferModel:
-    return Ablation(
-        _width(config, Ablation),
-        config.hidden,
-        interests=config.interests,
-        iterations=config.iterations,
-        history_length=config.history_length,
-        without=without,
-        backend=config.backend,
-    )
+    return _routed(replace(config, interests=1), MIMNet)
 
 
 def _emcdr(config: Config) -> TransferModel:
@@ -125,13 +116,13 @@ MODELS: dict[str, ModelSpec] = {
     "mimnet": ModelSpec(
         "MIMNet",
         "Zhu et al., Neurocomputing 620 (2025), arXiv 2408.00038",
-        _mimnet,
+        partial(_routed, model=MIMNet),
         _MIMNET_SETTINGS,
     ),
     "mimnet-released": ModelSpec(
         "MIMNet as released",
         "the public code, marqu22/MIMNet",
-        partial(_mimnet, model=MIMNetReleased),
+        partial(_routed, model=MIMNetReleased),
         _MIMNET_SETTINGS,
     ),
     "ptupcdr": ModelSpec(
@@ -157,20 +148,45 @@ _WITHOUT: dict[str, tuple[str, tuple[Part, ...]]] = {
 }
 _OURS = "a part of MIMNet replaced, see `Ablation`"
 
-ABLATIONS: dict[str, ModelSpec] = {
-    name: ModelSpec(title, _OURS, partial(_ablation, without=parts), _MIMNET_SETTINGS)
-    for name, (title, parts) in _WITHOUT.items()
-} | {
-    "single-interest": ModelSpec(
-        "single interest",
-        "MIMNet with one capsule",
-        _single_interest,
-        tuple(setting for setting in _MIMNET_SETTINGS if setting != "interests"),
+_QUIRKS: dict[str, dict[str, Any]] = {
+    quirk: {quirk: False}
+    for quirk in (
+        "first_item_only",
+        "leaking_padding",
+        "shared_padding_id",
+        "fresh_logits",
+        "untrained_prototypes",
     )
 }
-"""MIMNet without some part."""
 
-TRAINABLE = MODELS | ABLATIONS
+ABLATIONS: dict[str, dict[str, ModelSpec]] = {
+    "mimnet": {
+        name: ModelSpec(
+            title, _OURS, partial(_routed, model=Ablation, without=parts), _MIMNET_SETTINGS
+        )
+        for name, (title, parts) in _WITHOUT.items()
+    }
+    | {
+        "single-interest": ModelSpec(
+            "single interest",
+            "MIMNet with one capsule",
+            _single_interest,
+            tuple(setting for setting in _MIMNET_SETTINGS if setting != "interests"),
+        )
+    },
+    "mimnet-released": {
+        f"no-{quirk.replace('_', '-')}": ModelSpec(
+            f"no {quirk.replace('_', ' ')}",
+            "the public code with one thing corrected, see `MIMNetReleased`",
+            partial(_routed, model=MIMNetReleased, **off),
+            _MIMNET_SETTINGS,
+        )
+        for quirk, off in _QUIRKS.items()
+    },
+}
+"""Models without one of their parts, or of their quirks."""
+
+TRAINABLE = MODELS | ABLATIONS["mimnet"] | ABLATIONS["mimnet-released"]
 """All that a run can train."""
 
 TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
