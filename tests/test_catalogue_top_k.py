@@ -79,6 +79,7 @@ SHAPES = [
     {"b": 17, "n": 95, "k": 3, "d": 31, "prototypes": None, "seen": 4, "bias_dims": 1},
     {"b": 2, "n": 9, "seen": 30, "top": 12},
     {"b": 70, "n": 300, "k": 2, "d": 4, "prototypes": 40, "top": 3},
+    {"b": 2, "n": 2500, "k": 5, "seen": 40, "top": 30},  # in several parts
 ]
 
 

@@ -7,8 +7,6 @@ Tensors2 catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes,
                          Tensor fine_vb, Tensor coarse_kw, Tensor, Tensor coarse_vw,
                          Tensor coarse_vb, Tensor fusion_weight, Tensor fusion_bias,
                          OptionalTensor excluded, OptionalTensor excluded_offsets, int64_t k) {
-  STD_TORCH_CHECK(kernels().catalogue_top_k != nullptr, "mimnet_fast: no ", kernels().target,
-                  " kernel for catalogue_top_k in this version");
   Tensor scores = empty(interests, {interests.size(0), k});
   Tensor indices = empty(interests, {interests.size(0), k}, ScalarType::Long);
   Device device(interests);

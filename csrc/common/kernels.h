@@ -132,7 +132,7 @@ struct Kernels {
   void (*multi_granularity_attention_backward)(const MultiGranularityArgs&);
   void (*mimnet_forward)(const MIMNetArgs&);
   void (*mimnet_forward_backward)(const MIMNetArgs&);
-  void (*catalogue_top_k)(const CatalogueArgs&);  // null: the device has none
+  void (*catalogue_top_k)(const CatalogueArgs&);
 };
 
 // Those of the library that this is linked into, for the device at hand.

@@ -15,7 +15,7 @@ const mimnet_fast::Kernels& mimnet_fast::kernels() {
       cuda::multi_granularity_attention_backward,
       cuda::mimnet_forward,
       cuda::mimnet_forward_backward,
-      nullptr,
+      cuda::catalogue_top_k,
   };
   return table;
 }

@@ -17,5 +17,6 @@ void multi_granularity_attention(const MultiGranularityArgs& args);
 void multi_granularity_attention_backward(const MultiGranularityArgs& args);
 void mimnet_forward(const MIMNetArgs& args);
 void mimnet_forward_backward(const MIMNetArgs& args);
+void catalogue_top_k(const CatalogueArgs& args);
 
 }  // namespace mimnet_fast::cuda

@@ -142,17 +142,20 @@ def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
 
 
 def _unsupported(like: Tensor, **sizes: int) -> dict[str, list[str]]:
-    on_cpu = like.device.type == "cpu"
-    # Beyond these a program's tiles do not fit registers.
-    most = {"K": 16, "D": 32 if like.dtype is torch.float32 else 64, "k": 64}
+    # What a block or program keeps of these in shared memory and registers.
+    most: dict[tuple[str, str], dict[str, int]] = {
+        ("triton", "Triton"): {"K": 16, "D": 32 if like.dtype is torch.float32 else 64, "k": 64}
+    }
+    if like.device.type != "cpu":
+        most["native", "CUDA"] = {"k": 2048}
     return {
-        "native": [] if on_cpu else ["no CUDA kernel for catalogue_top_k in this version"],
-        "triton": [
-            f"no Triton kernel for catalogue_top_k with {name} = {size} in this version, "
-            f"at most {most[name]} in {like.dtype}"
-            for name, size in sizes.items()
-            if size > most[name]
-        ],
+        backend: [
+            f"no {kind} kernel for catalogue_top_k with {name} = {sizes[name]} in this version, "
+            f"at most {limit} in {like.dtype}"
+            for name, limit in limits.items()
+            if sizes[name] > limit
+        ]
+        for (backend, kind), limits in most.items()
     }
 
 
