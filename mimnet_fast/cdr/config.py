@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.protocol import HISTORY_LENGTH, HistoryOrder
 
-Base = Literal["mf", "biased-mf"]
+Base = Literal["mf", "biased-mf", "gmf", "dnn"]
 Mapping = Literal["linear", "mlp"]
 
 
@@ -28,8 +28,8 @@ class Config:
     """Share of the training users of both domains who are known to be in both: see
     `protocol.keep_overlap`."""
     base: Base = "mf"
-    """``"mf"`` as published, or ``"biased-mf"``: biases in closed form (`biases`), models for the
-    rest, with small initial embeddings and weight decay."""
+    """``"mf"``, ``"gmf"`` or ``"dnn"`` as published, or ``"biased-mf"``: biases in closed form
+    (`biases`), models for the rest, with small initial embeddings and weight decay."""
     learning_rate: float = 0.01
     features: int = 10
     """D, width of all embeddings."""

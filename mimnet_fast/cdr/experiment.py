@@ -42,6 +42,7 @@ from mimnet_fast.cdr.models import (
     TransferModel,
     item_prototypes,
 )
+from mimnet_fast.cdr.models.matrix_factorization import BASES
 from mimnet_fast.cdr.profiles import profiles
 from mimnet_fast.cdr.protocol import Phase, keep_overlap, split
 from mimnet_fast.cdr.training import (
@@ -194,8 +195,14 @@ class BaseModels:
 
     def _freeze(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
         source, target = self.source()[0], self.target(phase)[0]
-        source_users, source_items, target_items = (
-            table.weight.detach() for table in (source.users, source.items, target.items)
+        source_users, source_items, target_users, target_items = (
+            table.detach()
+            for table in (
+                source.user_vectors(),
+                source.items.weight,  # of histories, which nobody rates
+                target.user_vectors(),
+                target.item_vectors(),
+            )
         )
         user_weights = None
         if self.biased:
@@ -214,7 +221,7 @@ class BaseModels:
             lengths=self.split.lengths,
             source_users=source_users,
             source_items=torch.cat([source_items, torch.zeros_like(source_items[:1])]),
-            target_users=target.users.weight.detach(),
+            target_users=target_users,
             target_items=target_items,
             user_weights=user_weights,
         )
@@ -233,7 +240,7 @@ class BaseModels:
     def factorization(self, stream: str, users: int, items: int) -> MatrixFactorization:
         """An untrained base model."""
         return seeded_module(
-            partial(MatrixFactorization, users, items, self.config.features, scale=self.scale),
+            partial(BASES[self.config.base], users, items, self.config.features, scale=self.scale),
             self.config.seed,
             stream,
         )

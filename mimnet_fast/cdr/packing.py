@@ -87,7 +87,7 @@ def pack(prepared: Path, folder: Path) -> Path:
 def _biases(stage1: BaseModels) -> dict[str, Tensor]:
     """What is added to the model's ratings, by item and by user."""
     dataset, data = stage1.dataset, stage1.raw
-    if stage1.config.base == "mf":
+    if not stage1.biased:
         return {}
     source = fit_biases(data.train_source, dataset.num_source_users, dataset.num_source_items)
     target = fit_biases(data.final.train_target, dataset.num_target_users, dataset.num_target_items)
