@@ -447,6 +447,9 @@ def _route(
     k, length, d_in = coupling.shape[-2], inputs.shape[-2], inputs.shape[-1]
     kind = votes_of(inputs, weight)
     tiles = tiles_of(k, length, d_in, weight, kind["OWN_VOTES"])
+    if normalize_agreement and kind["OWN_VOTES"]:
+        # A tile of votes and what their lengths come from exceed the registers of fewer.
+        tiles["num_warps"] = min(8, 2 * tiles["num_warps"])
     inverse_norms = None
     if normalize_agreement and weight is not None and iterations > 1:
         inverse_norms = inverse_norms_of(inputs, weight)

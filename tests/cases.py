@@ -419,6 +419,7 @@ EVERY_OP: dict[str, Callable[..., Call]] = {
 """Builders of calls of each op, for what has to hold for all of them; they take `b` and `dtype`."""
 
 SAME_TRITON_KERNELS = {
+    "dynamic_routing_full_votes": "dynamic_routing_full_shared",
     "dynamic_routing_full_per_position": "dynamic_routing_per_position",
     "dynamic_routing_full_normalized_shared": "dynamic_routing_full_normalized_per_capsule",
     "dynamic_routing_full_normalized_per_position": "dynamic_routing_full_normalized_per_capsule",

@@ -178,8 +178,9 @@ def _calls() -> Iterator[tuple[str, Call]]:
             for prototypes, seen in ((3, 5), (None, 0)):
                 options = {"prototypes": prototypes, "seen": seen, "dtype": dtype}
                 yield f"catalogue D{d} {name}", catalogue_call(k=7, d=d, n=999, **options)
-        by_position = full | {"weight": "per_position", "normalize_agreement": True, "b": 128}
-        yield f"position {name}", routing_call(**by_position, **wide, dtype=dtype).trainable()
+        for kind in ("votes", "per_position"):
+            normalized = full | {"weight": kind, "normalize_agreement": True, "b": 128}
+            yield f"{kind} {name}", routing_call(**normalized, **wide, dtype=dtype).trainable()
     for kind, build in EVERY_OP.items():
         if kind not in SAME_TRITON_KERNELS:
             yield kind, build().trainable()

@@ -44,7 +44,7 @@ def backend(request, device):
         if twin := SAME_TRITON_KERNELS.get(parameters.get("name")):
             pytest.skip(f"seconds in Triton's interpreter, on the kernels of {twin}")
         half = parameters.get("dtype") is torch.bfloat16 and "shape" not in parameters
-        if half and parameters.get("weight") == "per_position":
+        if half and parameters.get("weight") in ("per_capsule", "per_position"):
             pytest.skip("seconds in Triton's interpreter, which test_shapes spends on bfloat16")
     return _usable(request.param, device)
 
