@@ -216,12 +216,54 @@ void routing_input_gradient(const RoutingPlan<T>& p, Vec<T>* grad, const Vec<T>*
 }
 
 template <class T>
-void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const View& out,
-                         const Parallel& parallel) {
+LogitGradients<T>::LogitGradients(const RoutingArgs& args, const Users<T>& users,
+                                  const RoutingPlan<T>& whole)
+    : args_(args),
+      users_(users),
+      kl_(whole.capsules * whole.length),
+      shared_(args.grad_logits && args.grad_logits.dims == 3 && args.grad_logits.size[0] == 1) {
+  if (!shared_) return;
+  if (users.histories) {
+    rows_.allocate(whole.capsules, args.inputs.size[0]);
+  } else {
+    lanes_ = Buffer<Vec<T>>(users.blocks.groups * kl_);
+  }
+}
+
+template <class T>
+void LogitGradients<T>::store(const RoutingPlan<T>& p, int64_t g, const Vec<T>* grad) const {
+  const View& out = args_.grad_logits;
+  const Histories& histories = users_.histories;
+  const Group group = users_.group(g);
+  if (!out) return;
+  if (shared_ && !histories) {
+    copy_vectors<T>(lanes_.get() + g * kl_, grad, kl_);
+  } else if (shared_) {
+    store_history_rows<T>(grad, rows_.view(p.capsules, args_.inputs.size[0]), histories, group);
+  } else if (out.dims == 2) {
+    store_history_rows<T>(grad, out, histories, group);
+  } else if (histories) {
+    const View first = first_positions(out, p.length);
+    for (int64_t k = 0; k < p.capsules; ++k) store_rows<T>(grad + k * p.length, first, group, k);
+  } else {
+    store_matrix<T>(grad, out, group);
+  }
+}
+
+template <class T>
+void LogitGradients<T>::sum() const {
+  if (shared_) users_.histories ? sum_histories() : sum_groups();
+}
+
+template <class T>
+void LogitGradients<T>::sum_groups() const {
+  const View& out = args_.grad_logits;
+  const Blocks<T>& blocks = users_.blocks;
+  const Vec<T>* grads = lanes_.get();
   const int64_t length = out.size[2], count = out.size[1] * length, full = blocks.batch / kLanes<T>;
   with_storage(out.dtype, [&](auto storage) {
     using S = decltype(storage);
-    parallel(count, blocks.groups, [&](int64_t begin, int64_t end) {
+    args_.execution.parallel(count, blocks.groups, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Vec<T> sum{};
         for (int64_t g = 0; g < full; ++g) sum += grads[g * count + i];
@@ -235,22 +277,21 @@ void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const Vie
   });
 }
 
-namespace {
-
-// The same for histories: gradients of K x T, and the sum in the order that dense inputs have.
+// In the order that dense inputs have.
 template <class T>
-void sum_logit_gradients(const Rows<T>& grads, const Histories& histories, const View& out,
-                         const Parallel& parallel) {
+void LogitGradients<T>::sum_histories() const {
+  const View& out = args_.grad_logits;
+  const Histories& histories = users_.histories;
   const int64_t positions = histories.positions(), batch = histories.batch();
   const int64_t length = positions < out.size[2] ? positions : out.size[2];
   const int64_t full = batch - batch % kLanes<T>;
   with_storage(out.dtype, [&](auto storage) {
     using S = decltype(storage);
-    parallel(out.size[1], grads.width, [&](int64_t begin, int64_t end) {
+    args_.execution.parallel(out.size[1], rows_.width, [&](int64_t begin, int64_t end) {
       Scratch<T> scratch(length);
       Vec<T>* sums = scratch.take(length);
       for (int64_t k = begin; k < end; ++k) {
-        const T* row = grads.get() + k * grads.width;
+        const T* row = rows_.get() + k * rows_.width;
         for (int64_t l = 0; l < length; ++l) sums[l] = Vec<T>{};
         const auto each_user = [&](int64_t first, int64_t last, auto add) {
           for (int64_t b = first; b < last; ++b) {
@@ -271,25 +312,7 @@ void sum_logit_gradients(const Rows<T>& grads, const Histories& histories, const
   });
 }
 
-// The users of a call, in the order in which they are routed.
-template <class T>
-struct Users {
-  const Histories histories;
-  const int64_t batch;
-  const Blocks<T> blocks;
-
-  explicit Users(const RoutingArgs& args)
-      : histories(args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
-                                        : Histories()),
-        batch(histories ? histories.batch() : args.inputs.size[0]),
-        blocks(batch, args.execution.parallel.threads, histories.order()) {}
-
-  Group group(int64_t g) const { return blocks.group(g / blocks.per_block, g % blocks.per_block); }
-  // What all users leave behind for their positions, where that is a row for each.
-  int64_t rows(const RoutingArgs& args, int64_t length) const {
-    return histories ? args.inputs.size[0] : batch * length;
-  }
-};
+namespace {
 
 // The plan of all users: as long as their longest history.
 template <class T>
@@ -393,7 +416,8 @@ void forward(const RoutingArgs& args) {
   const Histories& histories = users.histories;
   const RoutingPlan<T> whole = make_plan(args, weight, histories);
   const bool of_votes = routes_votes(whole);
-  if (whole.kind == RoutingWeight::per_position && !of_votes) return route_positions(args, whole);
+  if (whole.kind == RoutingWeight::per_position && !of_votes)
+    return route_positions(args, whole, users);
   const bool pools_inputs = of_votes && whole.kind == RoutingWeight::shared;
   const RoutingPlan<T> whole_routed = of_votes ? plan_of_votes(whole) : whole;
   const int64_t work = whole_routed.work() + (of_votes ? votes_work(whole) : 0);
@@ -424,11 +448,7 @@ void forward(const RoutingArgs& args) {
           squash_lanes<T>(s.capsules + k * p.d, p.d, p.squash);
       }
       store_matrix<T>(s.capsules, args.out, group);
-      if (histories) {
-        store_history_rows<T>(s.coupling, args.coupling, histories, group);
-      } else {
-        store_matrix<T>(s.coupling, args.coupling, group);
-      }
+      users.store_by_position(s.coupling, args.coupling, group);
       store_matrix<T>(pooled, args.pooled, group);
     }
   });
@@ -455,7 +475,6 @@ void full_backward(const RoutingArgs& args, const Users<T>& users, const Routing
   const Histories& histories = users.histories;
   const bool of_votes = routes_votes(whole);
   const RoutingPlan<T> whole_routed = of_votes ? plan_of_votes(whole) : whole;
-  const int64_t kl = whole.capsules * whole.length;
   const int64_t terms = RoutingTrace<T>::terms(whole);
   const int64_t per_user = of_votes ? whole.length : terms * whole.capsules;
   const int64_t rows = of_votes ? users.rows(args, per_user) : users.batch * per_user;
@@ -479,13 +498,7 @@ void full_backward(const RoutingArgs& args, const Users<T>& users, const Routing
     }
   };
   const Blocks<T>& blocks = users.blocks;
-  const bool common_logits =
-      args.grad_logits && args.grad_logits.dims == 3 && args.grad_logits.size[0] == 1;
-  const bool common_dense = common_logits && !histories, common = common_logits && histories;
-  const Buffer<Vec<T>> logit_grads(common_dense ? blocks.groups * kl : 0);
-  Rows<T> history_logit_grads;  // K x T
-  if (common) history_logit_grads.allocate(whole.capsules, args.inputs.size[0]);
-  const View packed_logit_grads = history_logit_grads.view(whole.capsules, args.inputs.size[0]);
+  const LogitGradients<T> logit_grads(args, users, whole);
   const int64_t work = 3 * whole.work() * kLanes<T>;
   args.execution.parallel(blocks.groups, work, [&](int64_t begin, int64_t end) {
     const Scratch<T> memory(
@@ -511,20 +524,7 @@ void full_backward(const RoutingArgs& args, const Users<T>& users, const Routing
         squash_backward_lanes<T>(grad + i * p.d, s.capsules + i * p.d, p.d, p.squash);
       }
       route_backward(routed, s, trace, bool(args.grad_logits));
-      if (common_dense) {
-        copy_vectors<T>(logit_grads.get() + g * kl, trace.logit_grad, kl);
-      } else if (common) {
-        store_history_rows<T>(trace.logit_grad, packed_logit_grads, histories, group);
-      } else if (args.grad_logits && args.grad_logits.dims == 2) {
-        store_history_rows<T>(trace.logit_grad, args.grad_logits, histories, group);
-      } else if (args.grad_logits && histories) {
-        const View first = first_positions(args.grad_logits, p.length);
-        for (int64_t k = 0; k < p.capsules; ++k) {
-          store_rows<T>(trace.logit_grad + k * p.length, first, group, k);
-        }
-      } else if (args.grad_logits) {
-        store_matrix<T>(trace.logit_grad, args.grad_logits, group);
-      }
+      logit_grads.store(p, g, trace.logit_grad);
       if (!of_votes) save(trace.pooled, trace.vectors, group);
       if (!of_votes && !args.grad_inputs) continue;
       traced_input_gradient(routed, routed_grad, s, trace);
@@ -536,12 +536,7 @@ void full_backward(const RoutingArgs& args, const Users<T>& users, const Routing
       if (args.grad_inputs) store_inputs(p, input_grad, args.grad_inputs, group, histories);
     }
   });
-  if (common_dense) {
-    sum_logit_gradients(logit_grads.get(), blocks, args.grad_logits, args.execution.parallel);
-  }
-  if (common) {
-    sum_logit_gradients(history_logit_grads, histories, args.grad_logits, args.execution.parallel);
-  }
+  logit_grads.sum();
   add_up_weight_gradient(args, whole, input_rows, grad_rows, rows);
 }
 
@@ -582,11 +577,7 @@ void last_backward(const RoutingArgs& args, const Users<T>& users, const Routing
         }
       }
       if (args.grad_inputs) {
-        if (histories) {
-          load_history_rows<T>(coupling, args.coupling, histories, group);
-        } else {
-          load_matrix<T>(coupling, args.coupling, group);
-        }
+        users.load_by_position(coupling, args.coupling, group);
         apply_routing_weight_transposed(p, pooled_grad, grad);
         routing_input_gradient(p, input_grad, coupling, pooled_grad);
         store_inputs(p, input_grad, args.grad_inputs, group, histories);
@@ -604,7 +595,8 @@ void backward(const RoutingArgs& args) {
   // Votes of a weight per capsule that are normalised have a gradient along each of them.
   const bool every_vote =
       p.kind == RoutingWeight::per_capsule && p.normalize_agreement && args.full_gradient;
-  if (p.kind == RoutingWeight::per_position || every_vote) return route_positions_backward(args, p);
+  if (p.kind == RoutingWeight::per_position || every_vote)
+    return route_positions_backward(args, p, users);
   args.full_gradient ? full_backward(args, users, p) : last_backward(args, users, p);
 }
 
@@ -632,8 +624,7 @@ void dynamic_routing_backward(const RoutingArgs& args) {
   template void apply_routing_weight_transposed<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*); \
   template void routing_input_gradient<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*,           \
                                           const Vec<T>*, int64_t);                                 \
-  template void sum_logit_gradients<T>(const Vec<T>*, const Blocks<T>&, const View&,               \
-                                       const Parallel&);
+  template class LogitGradients<T>;
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -5,6 +5,7 @@
 #include "histories.h"
 #include "matmul.h"
 #include "memory.h"
+#include "weight_gradients.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 
@@ -30,18 +31,25 @@ class RoutingMatrices {
     column_ = view.stride[view.dims - 1];
     row_ = view.stride[view.dims - 2];
     if (view.dims > 2) capsule_ = view.stride[view.dims - 3];
-    if (view.dims > 3) position_ = view.stride[0];
+    if (view.dims > 3) {
+      position_ = view.stride[0];
+      last_ = view.size[0] - 1;
+    }
   }
 
   SharedMatrix<T> at(int64_t l, int64_t k) const { return {matrix(l, k), row_, column_}; }
   SharedMatrix<T> transposed(int64_t l, int64_t k) const { return {matrix(l, k), column_, row_}; }
 
  private:
-  const T* matrix(int64_t l, int64_t k) const { return data_ + l * position_ + k * capsule_; }
+  // Histories that nobody could check, those of a traced graph, may be longer.
+  const T* matrix(int64_t l, int64_t k) const {
+    return data_ + (l < last_ ? l : last_) * position_ + k * capsule_;
+  }
 
   Parameter<T> converted_;
   const T* data_ = nullptr;
   int64_t position_ = 0, capsule_ = 0, row_ = 0, column_ = 0;  // 0: one matrix for all
+  int64_t last_ = 0;                                           // position
 };
 
 template <class T>
@@ -65,6 +73,35 @@ struct RoutingPlan {
   int64_t work() const {
     return (2 * iterations - 1) * capsules * d_in * (length + (weight != nullptr ? d : 0)) +
            iterations * capsules * length * 16;
+  }
+};
+
+// The users of a call, in the order in which they are routed.
+template <class T>
+struct Users {
+  const Histories histories;
+  const int64_t batch;
+  const Blocks<T> blocks;
+
+  explicit Users(const RoutingArgs& args)
+      : histories(args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
+                                        : Histories()),
+        batch(histories ? histories.batch() : args.inputs.size[0]),
+        blocks(batch, args.execution.parallel.threads, histories.order()) {}
+
+  Group group(int64_t g) const { return blocks.group(g / blocks.per_block, g % blocks.per_block); }
+  // What all users leave behind for their positions, where that is a row for each.
+  int64_t rows(const RoutingArgs& args, int64_t length) const {
+    return histories ? args.inputs.size[0] : batch * length;
+  }
+  // K x L of a group, of [B, K, L] or, with histories, [K, T].
+  void load_by_position(Vec<T>* lanes, const View& view, Group group) const {
+    histories ? load_history_rows<T>(lanes, view, histories, group)
+              : load_matrix<T>(lanes, view, group);
+  }
+  void store_by_position(const Vec<T>* lanes, const View& view, Group group) const {
+    histories ? store_history_rows<T>(lanes, view, histories, group)
+              : store_matrix<T>(lanes, view, group);
   }
 };
 
@@ -239,17 +276,36 @@ template <class T>
 void softmax_gradient(const RoutingPlan<T>& p, const RoutingLogits<T>& s, Vec<T>* grad,
                       int64_t begin, int64_t end);
 
-// The gradient of logits that all users share, from one of K x L for each group, summed in one
-// order.
+// Takes the gradients of the first logits to where they belong: each to its user or history, or,
+// where all users share the logits, to a sum in one order.
 template <class T>
-void sum_logit_gradients(const Vec<T>* grads, const Blocks<T>& blocks, const View& out,
-                         const Parallel& parallel);
+class LogitGradients {
+ public:
+  LogitGradients(const RoutingArgs& args, const Users<T>& users, const RoutingPlan<T>& whole);
+
+  // One of K x L of group g, with the plan of that group.
+  void store(const RoutingPlan<T>& p, int64_t g, const Vec<T>* grad) const;
+  // After all groups.
+  void sum() const;
+
+ private:
+  void sum_groups() const;
+  void sum_histories() const;
+
+  const RoutingArgs& args_;
+  const Users<T>& users_;
+  const int64_t kl_;
+  const bool shared_;     // by all users
+  Buffer<Vec<T>> lanes_;  // groups x K x L, of shared logits
+  Rows<T> rows_;          // K x T, of those of histories
+};
 
 // The op where votes are formed again in every pass, because routing cannot stay in the input
 // space.
 template <class T>
-void route_positions(const RoutingArgs& args, const RoutingPlan<T>& p);
+void route_positions(const RoutingArgs& args, const RoutingPlan<T>& whole, const Users<T>& users);
 template <class T>
-void route_positions_backward(const RoutingArgs& args, const RoutingPlan<T>& p);
+void route_positions_backward(const RoutingArgs& args, const RoutingPlan<T>& whole,
+                              const Users<T>& users);
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

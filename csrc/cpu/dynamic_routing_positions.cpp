@@ -6,6 +6,8 @@
 //
 // A task is a chunk of positions for a block of groups, which shares the loads of the weight. Each
 // chunk leaves partial sums, so that a small batch with many positions keeps all threads busy.
+#include <algorithm>
+
 #include "dynamic_routing.h"
 #include "ops.h"
 #include "weight_gradients.h"
@@ -25,11 +27,13 @@ MIMNET_FAST_INLINE Vec<T> dot(const Vec<T>* a, const Vec<T>* b, int64_t count) {
 template <class T>
 class PositionRouting {
  public:
-  PositionRouting(const RoutingArgs& args, const RoutingPlan<T>& plan, int64_t terms)
+  PositionRouting(const RoutingArgs& args, const RoutingPlan<T>& plan, const Users<T>& users,
+                  int64_t terms)
       : args_(args),
         p_(plan),
+        users_(users),
         parallel_(args.execution.parallel),
-        blocks_(args.inputs.size[0], args.execution.parallel.threads),
+        blocks_(users.blocks),
         terms_(terms),
         chunks_((plan.length + kChunk - 1) / kChunk),
         kl_(plan.capsules * plan.length),
@@ -41,8 +45,8 @@ class PositionRouting {
     load_options();
     iterate();
     groups([&](int64_t g) {
-      mask_coupling(p_, logits_of(g, 0));
-      store_matrix<T>(coefficients(0, g), args_.coupling, group(g));
+      mask_coupling(plan_of(g), logits_of(g, 0));
+      users_.store_by_position(coefficients(0, g), args_.coupling, group(g));
       store_matrix<T>(sums(0, g), args_.pooled, group(g));
       if (p_.final_squash) squash_all(sums(0, g));
       store_matrix<T>(sums(0, g), args_.out, group(g));
@@ -54,22 +58,20 @@ class PositionRouting {
     iterate();
     groups([&](int64_t g) { load_sum_gradient(g); });
     walk_back();
+    const LogitGradients<T> logit_grads(args_, users_, p_);
     groups([&](int64_t g) {
-      for (int64_t step = 0; step < p_.iterations; ++step) mask_coupling(p_, logits_of(g, step));
-      if (args_.grad_logits && args_.grad_logits.size[0] > 1) {
-        store_matrix<T>(logit_grad_.get() + g * kl_, args_.grad_logits, group(g));
-      }
+      const RoutingPlan<T> plan = plan_of(g);
+      for (int64_t step = 0; step < p_.iterations; ++step) mask_coupling(plan, logits_of(g, step));
+      logit_grads.store(plan, g, logit_grad_.get() + g * kl_);
     });
-    if (args_.grad_logits && args_.grad_logits.size[0] == 1) {
-      sum_logit_gradients(logit_grad_.get(), blocks_, args_.grad_logits, parallel_);
-    }
+    logit_grads.sum();
     store_gradients();
   }
 
   void last_backward() {
     sums_ = Buffer<Vec<T>>(blocks_.groups * kd_);
     groups([&](int64_t g) {
-      load_matrix<T>(coefficients(0, g), args_.coupling, group(g));
+      users_.load_by_position(coefficients(0, g), args_.coupling, group(g));
       load_matrix<T>(sums(0, g), args_.pooled, group(g));
       load_sum_gradient(g);
     });
@@ -78,8 +80,19 @@ class PositionRouting {
 
  private:
   int64_t first_of(int64_t block) const { return block * blocks_.per_block; }
-  Group group(int64_t g) const {
-    return blocks_.group(g / blocks_.per_block, g % blocks_.per_block);
+  Group group(int64_t g) const { return users_.group(g); }
+  RoutingPlan<T> plan_of(int64_t g) const { return plan_of_group(p_, users_.histories, group(g)); }
+  // Positions of a group, which are the width of its rows too.
+  int64_t length(int64_t g) const {
+    return users_.histories ? users_.histories.positions(group(g)) : p_.length;
+  }
+  // The longest of a block.
+  int64_t block_length(int64_t block) const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < blocks_.size(block); ++i) {
+      most = std::max(most, length(first_of(block) + i));
+    }
+    return most;
   }
 
   Vec<T>* coefficients(int64_t term, int64_t g) const {
@@ -129,11 +142,13 @@ class PositionRouting {
                 for (int64_t task = begin; task < end; ++task) {
                   const int64_t block = task % blocks_.count;
                   const int64_t first = task / blocks_.count * kChunk;
-                  for (int64_t l = first; l < first + kChunk && l < p_.length; ++l) {
+                  const int64_t end = std::min(first + kChunk, block_length(block));
+                  for (int64_t l = first; l < end; ++l) {
                     load_inputs(inputs, block, l);
                     form_votes(votes, inputs, blocks_.size(block), l, 0, p_.capsules);
                     for (int64_t i = 0; i < blocks_.size(block); ++i) {
-                      body(first_of(block) + i, l, votes + i * kd_);
+                      const int64_t g = first_of(block) + i;
+                      if (l < length(g)) body(g, l, votes + i * kd_);
                     }
                   }
                 }
@@ -142,8 +157,21 @@ class PositionRouting {
 
   void load_inputs(Vec<T>* inputs, int64_t block, int64_t l) const {
     for (int64_t i = 0; i < blocks_.size(block); ++i) {
-      load_rows<T>(inputs + i * p_.d_in, args_.inputs, blocks_.group(block, i), l);
+      load_input(inputs + i * p_.d_in, first_of(block) + i, l);
     }
+  }
+
+  // One position of a group; zeros for users whose history is shorter.
+  void load_input(Vec<T>* input, int64_t g, int64_t l) const {
+    if (!users_.histories) return load_rows<T>(input, args_.inputs, group(g), l);
+    int64_t rows[kLanes<T>];
+    load_rows<T>(input, args_.inputs, users_.histories.rows_at(group(g), l, rows));
+  }
+
+  void store_input(const Vec<T>* grad, int64_t g, int64_t l) const {
+    if (!users_.histories) return store_rows<T>(grad, args_.grad_inputs, group(g), l);
+    int64_t rows[kLanes<T>];
+    store_rows<T>(grad, args_.grad_inputs, users_.histories.rows_at(group(g), l, rows));
   }
 
   void form_votes(Vec<T>* votes, const Vec<T>* inputs, int64_t groups, int64_t l, int64_t first,
@@ -168,7 +196,8 @@ class PositionRouting {
     sums_ = Buffer<Vec<T>>((terms_ > 1 ? p_.iterations : 1) * blocks_.groups * kd_);
     groups([&](int64_t g) {
       RoutingLogits<T> s = logits_of(g, 0);
-      load_routing_options<T>(p_, s, args_.logits, args_.mask, args_.capsule_mask, group(g), {});
+      load_routing_options<T>(plan_of(g), s, args_.logits, args_.mask, args_.capsule_mask, group(g),
+                              users_.histories);
     });
   }
 
@@ -178,7 +207,7 @@ class PositionRouting {
     Vec<T>* to = partial(g, l / kChunk);
     const bool is_first = l % kChunk == 0;
     for (int64_t k = 0; k < p_.capsules; ++k) {
-      Vec<T> scale = scales[k * p_.length + l];
+      Vec<T> scale = scales[k * length(g) + l];
       if (mask != nullptr) scale *= mask[l];
       for (int64_t d = k * p_.d; d < (k + 1) * p_.d; ++d) {
         to[d] = is_first ? scale * votes[d] : to[d] + scale * votes[d];
@@ -188,7 +217,7 @@ class PositionRouting {
 
   void sum_chunks(int64_t g, Vec<T>* sums) const {
     copy_vectors<T>(sums, partial(g, 0), kd_);
-    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+    for (int64_t chunk = 1; chunk * kChunk < length(g); ++chunk) {
       const Vec<T>* from = partial(g, chunk);
       for (int64_t i = 0; i < kd_; ++i) sums[i] += from[i];
     }
@@ -202,7 +231,7 @@ class PositionRouting {
       const Vec<T>* vote = votes + k * p_.d;
       Vec<T> agreement = dot<T>(vectors(capsule_term(step), g) + k * p_.d, vote, p_.d);
       if (p_.normalize_agreement) agreement *= inverse_norm<T>(vote, p_.d);
-      const int64_t i = k * p_.length + l;
+      const int64_t i = k * length(g) + l;
       if (p_.update == Update::accumulate) {
         agreement += s.logits[i];
       } else if (p_.update == Update::coupling) {
@@ -222,7 +251,7 @@ class PositionRouting {
       if (at_once) {
         positions([&](int64_t g, int64_t l, const Vec<T>* votes) {
           if (step > 0) update_logits(g, l, step - 1, votes);
-          softmax_logits(p_, logits_of(g, step), l, l + 1);
+          softmax_logits(plan_of(g), logits_of(g, step), l, l + 1);
           sum(g, l, votes);
         });
       } else {
@@ -231,7 +260,7 @@ class PositionRouting {
             update_logits(g, l, step - 1, votes);
           });
         }
-        groups([&](int64_t g) { softmax_logits(p_, logits_of(g, step), 0, p_.length); });
+        groups([&](int64_t g) { softmax_logits(plan_of(g), logits_of(g, step), 0, length(g)); });
         positions(sum);
       }
       groups([&](int64_t g) {
@@ -284,7 +313,7 @@ class PositionRouting {
         });
       } else {
         positions(to_coupling);
-        groups([&](int64_t g) { logit_gradient(g, 0, p_.length, step); });
+        groups([&](int64_t g) { logit_gradient(g, 0, length(g), step); });
         if (step > 0) positions(to_agreement);
       }
       if (step == 0) return;
@@ -299,7 +328,7 @@ class PositionRouting {
   void coupling_gradient(int64_t g, int64_t l, int64_t step, const Vec<T>* votes) const {
     const bool add = p_.update == Update::coupling && step + 1 < p_.iterations;
     for (int64_t k = 0; k < p_.capsules; ++k) {
-      const int64_t i = g * kl_ + k * p_.length + l;
+      const int64_t i = g * kl_ + k * length(g) + l;
       Vec<T>& grad = coupling_grad_.get()[i];
       grad = dot<T>(vectors(coupling_term(step), g) + k * p_.d, votes + k * p_.d, p_.d);
       if (add) grad += logit_grad_.get()[i];
@@ -309,10 +338,10 @@ class PositionRouting {
   void logit_gradient(int64_t g, int64_t begin, int64_t end, int64_t step) const {
     Vec<T>* from = coupling_grad_.get() + g * kl_;
     Vec<T>* to = logit_grad_.get() + g * kl_;
-    softmax_gradient(p_, logits_of(g, step), from, begin, end);
+    softmax_gradient(plan_of(g), logits_of(g, step), from, begin, end);
     const bool add = p_.update == Update::accumulate && step + 1 < p_.iterations;
     for (int64_t k = 0; k < p_.capsules; ++k) {
-      for (int64_t i = k * p_.length + begin; i < k * p_.length + end; ++i) {
+      for (int64_t i = k * length(g) + begin; i < k * length(g) + end; ++i) {
         to[i] = add ? to[i] + from[i] : from[i];
       }
     }
@@ -321,7 +350,7 @@ class PositionRouting {
   void agreement_gradient(int64_t g, int64_t l, int64_t step, const Vec<T>* votes) const {
     Vec<T>* grads = coefficients(capsule_term(step), g);
     for (int64_t k = 0; k < p_.capsules; ++k) {
-      const int64_t i = k * p_.length + l;
+      const int64_t i = k * length(g) + l;
       Vec<T> grad = logit_grad_.get()[g * kl_ + i];
       if (p_.normalize_agreement) {
         const Vec<T>* vote = votes + k * p_.d;
@@ -342,14 +371,14 @@ class PositionRouting {
   // Gradient of the vote of capsule k at position l: the sum of its terms.
   void vote_gradient(Vec<T>* grad, int64_t g, int64_t l, int64_t k, const Vec<T>* votes) const {
     for (int64_t term = 0; term < terms_; ++term) {
-      const Vec<T> scale = coefficients(term, g)[k * p_.length + l];
+      const Vec<T> scale = coefficients(term, g)[k * length(g) + l];
       const Vec<T>* vector = vectors(term, g) + k * p_.d;
       for (int64_t d = 0; d < p_.d; ++d) {
         grad[d] = term == 0 ? scale * vector[d] : grad[d] + scale * vector[d];
       }
     }
     if (!needs_votes()) return;
-    const Vec<T> radial = radial_.get()[g * kl_ + k * p_.length + l];
+    const Vec<T> radial = radial_.get()[g * kl_ + k * length(g) + l];
     for (int64_t d = 0; d < p_.d; ++d) grad[d] -= radial * votes[k * p_.d + d];
   }
 
@@ -371,21 +400,24 @@ class PositionRouting {
                 for (int64_t task = begin; task < end; ++task) {
                   const int64_t block = task % blocks_.count, size = blocks_.size(block);
                   const int64_t first = task / blocks_.count * kChunk;
-                  for (int64_t l = first; l < first + kChunk && l < p_.length; ++l) {
+                  const int64_t end = std::min(first + kChunk, block_length(block));
+                  for (int64_t l = first; l < end; ++l) {
                     if (needs_votes()) {
                       load_inputs(grad, block, l);
                       form_votes(votes, grad, size, l, 0, p_.capsules);
                     }
                     for (int64_t k = 0; k < p_.capsules; ++k) {
                       for (int64_t i = 0; i < size; ++i) {
-                        vote_gradient(vote_grad + i * d, first_of(block) + i, l, k,
-                                      votes + i * kd_);
+                        const int64_t g = first_of(block) + i;
+                        if (l < length(g)) {
+                          vote_gradient(vote_grad + i * d, g, l, k, votes + i * kd_);
+                        }
                       }
                       multiply<T>({grad, d_in, 1}, {vote_grad, d, 1}, p_.weight->transposed(l, k),
                                   size, d_in, d, k > 0);
                     }
                     for (int64_t i = 0; i < size; ++i) {
-                      store_rows<T>(grad + i * d_in, args_.grad_inputs, blocks_.group(block, i), l);
+                      store_input(grad + i * d_in, first_of(block) + i, l);
                     }
                   }
                 }
@@ -400,7 +432,7 @@ class PositionRouting {
     const bool own = p_.kind == RoutingWeight::per_position;
     const int64_t positions = own ? 1 : p_.length, capsules = own ? p_.capsules : 1;
     const int64_t work = blocks_.batch * positions * capsules * d * (d_in + terms_);
-    parallel_(own ? p_.length : p_.capsules, work, [&](int64_t begin, int64_t end) {
+    parallel_(own ? args_.grad_weight.size[0] : p_.capsules, work, [&](int64_t begin, int64_t end) {
       Scratch<T> scratch(capsules * matrix + d_in + d + in_width + width + votes_scratch(1));
       Vec<T>* sums = scratch.take(capsules * matrix);
       Vec<T>* input = scratch.take(d_in);
@@ -414,8 +446,9 @@ class PositionRouting {
         for (int64_t i = 0; i < capsules * matrix; ++i) sums[i] = Vec<T>{};
         for (int64_t i = 0; i < blocks_.groups * positions; ++i) {
           const int64_t g = i / positions, l = first_l + i % positions;
+          if (l >= length(g)) continue;
           const Group rows = {0, group(g).users};
-          load_rows<T>(input, args_.inputs, group(g), l);
+          load_input(input, g, l);
           save_rows<T>(input_rows, in_width, input, d_in, rows);
           if (needs_votes()) form_votes(votes, input, 1, l, first_k, first_k + capsules);
           for (int64_t k = 0; k < capsules; ++k) {
@@ -436,6 +469,7 @@ class PositionRouting {
 
   const RoutingArgs& args_;
   const RoutingPlan<T>& p_;
+  const Users<T>& users_;
   const Parallel& parallel_;
   const Blocks<T> blocks_;
   const int64_t terms_, chunks_, kl_, kd_;
@@ -451,22 +485,24 @@ class PositionRouting {
 }  // namespace
 
 template <class T>
-void route_positions(const RoutingArgs& args, const RoutingPlan<T>& plan) {
-  PositionRouting<T>(args, plan, 1).forward();
+void route_positions(const RoutingArgs& args, const RoutingPlan<T>& whole, const Users<T>& users) {
+  PositionRouting<T>(args, whole, users, 1).forward();
 }
 
 template <class T>
-void route_positions_backward(const RoutingArgs& args, const RoutingPlan<T>& plan) {
+void route_positions_backward(const RoutingArgs& args, const RoutingPlan<T>& whole,
+                              const Users<T>& users) {
   if (args.full_gradient) {
-    PositionRouting<T>(args, plan, RoutingTrace<T>::terms(plan)).full_backward();
+    PositionRouting<T>(args, whole, users, RoutingTrace<T>::terms(whole)).full_backward();
   } else {
-    PositionRouting<T>(args, plan, 1).last_backward();
+    PositionRouting<T>(args, whole, users, 1).last_backward();
   }
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                             \
-  template void route_positions<T>(const RoutingArgs&, const RoutingPlan<T>&); \
-  template void route_positions_backward<T>(const RoutingArgs&, const RoutingPlan<T>&);
+#define MIMNET_FAST_INSTANTIATE(T)                                                              \
+  template void route_positions<T>(const RoutingArgs&, const RoutingPlan<T>&, const Users<T>&); \
+  template void route_positions_backward<T>(const RoutingArgs&, const RoutingPlan<T>&,          \
+                                            const Users<T>&);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -51,6 +51,16 @@ class Histories {
     }
   }
 
+  // The users of a group that have a position, as a group of its rows, which are listed in `rows`.
+  Group rows_at(Group group, int64_t l, int64_t* rows) const {
+    int users = 0;
+    while (users < group.users && length(group.user(users)) > l) {
+      rows[users] = first(group.user(users)) + l;
+      ++users;
+    }
+    return {0, users, rows};
+  }
+
  private:
   static int64_t at_least_one(int64_t length) { return length > 0 ? length : 1; }
 
@@ -102,11 +112,10 @@ MIMNET_FAST_INLINE View values_of_row(const View& matrix, int64_t i) {
 // body(l, rows) for every position of a group, with the rows of the users that have it as a group.
 template <class T, class F>
 MIMNET_FAST_INLINE void each_position(const Histories& h, Group group, F&& body) {
-  h.runs(group, [&](int64_t first, int64_t count, int users) {
+  h.runs(group, [&](int64_t first, int64_t count, int) {
     for (int64_t l = first; l < first + count; ++l) {
       int64_t rows[kLanes<T>];
-      for (int w = 0; w < users; ++w) rows[w] = h.first(group.user(w)) + l;
-      body(l, Group{0, users, rows});
+      body(l, h.rows_at(group, l, rows));
     }
   });
 }

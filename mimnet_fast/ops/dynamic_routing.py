@@ -216,17 +216,6 @@ def dynamic_routing(
             for option, is_on in asked.items()
             if is_on
         ]
-    if jagged and device == "cpu" and weight is not None:
-        per_capsule = weight.dim() == 3 and normalize_agreement and full
-        asked = {
-            "a weight per position and capsule": weight.dim() == 4,
-            "the full gradient of normalised votes per capsule": per_capsule,
-        }
-        unsupported["native"] = [
-            f"no CPU kernel for {option} with jagged histories in this version"
-            for option, is_on in asked.items()
-            if is_on
-        ]
     chosen = backends.select("dynamic_routing", backend, inputs, unsupported)
     if chosen == "reference":
         capsules, coupling = _reference(
