@@ -32,7 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
-from mimnet_fast.cdr import inspection, reports, results
+from mimnet_fast.cdr import inspection, ranking_experiment, reports, results
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
@@ -45,9 +45,11 @@ from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.export import ExportFormat
 from mimnet_fast.cdr.export import export as export_program
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
+from mimnet_fast.cdr.implicit import Objective, Protocol
 from mimnet_fast.cdr.models import ABLATIONS, MODELS
 from mimnet_fast.cdr.packing import MODEL, pack
 from mimnet_fast.cdr.protocol import HistoryOrder
+from mimnet_fast.cdr.ranking_experiment import RANKED, Ranking, rank
 from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.serving import Kernels, Recommender
 from mimnet_fast.cdr.studies import SWEPT, sweep_variants
@@ -296,6 +298,46 @@ def train(
     print(f"results in {out / 'results.md'} and {out / 'results.json'}")
     if recommender:
         print(f"for mimnet-fast recommend: {recommender}")
+
+
+@app.command("rank", cls=_ListOptions)
+@_with_settings(but=["overlap"])
+def rank_items(
+    dataset: DatasetFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    model: Annotated[ModelName, typer.Option(help="Popularity and chance join in.")] = "mimnet",
+    objective: Annotated[Objective, typer.Option(help="Loss of both stages.")] = Ranking.objective,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(help="Test on cold-start users, or on the last positive of each user."),
+    ] = Ranking.protocol,
+    negatives: Annotated[
+        int, typer.Option(help="Unseen items drawn for each positive.")
+    ] = Ranking.negatives,
+    k: Annotated[list[int], typer.Option(help="Cutoffs of HR@k and NDCG@k.")] = [*Ranking.cutoffs],  # noqa: B006
+    beta: Annotated[float, typer.Option(help="Share of test users, if cold.")] = Config.beta,
+    seed: Seed = Config.seed,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
+    """Train models to rank by implicit feedback and measure them among all items.
+
+    Ratings above 3 are positives, or all ratings of a domain that has none above 3.
+    """
+    _check_new(out, resume)
+    config = Config(beta=beta, seed=seed, **settings)
+    task = Ranking(objective, protocol, negatives, tuple(k))
+    names = list(RANKED) if model == "all" else [model]
+    data = Dataset.load(dataset)
+    with _progress() as progress:
+        found = rank(data, config, task, names, out, progress)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in ranking_experiment.tables(found):
+        Console().print(table)
+    print(f"results in {out / 'results.md'} and {out / 'results.json'}")
 
 
 @app.command(cls=_ListOptions)

@@ -69,7 +69,7 @@ def demo(config: Config, progress: Progress, sizes: Synthetic) -> dict[str, Any]
         best = Errors(errors(median, test.values).mae, errors(mean, test.values).rmse)
         found["models"]["oracle"] = {
             "title": "oracle",
-            **results.without_training(best),
+            **results.without_training(best._asdict()),
         }
         return {"results": found, **_compare_backends(stage1, progress)}
 

@@ -34,9 +34,9 @@ def errors(predicted: Tensor, actual: Tensor) -> Errors:
 
 
 class Evaluation(NamedTuple):
-    """A model's errors and what it predicted."""
+    """What was measured of a model, by name, and what it predicted."""
 
-    errors: Errors
+    errors: dict[str, float]
     predicted: Tensor
 
 
@@ -45,4 +45,4 @@ def evaluate(predict: Predict, ratings: Ratings) -> Evaluation:
     """Predictions of ``ratings``, made in large batches, and their errors."""
     batches = zip(ratings.users.split(_BATCH), ratings.items.split(_BATCH), strict=True)
     predicted = torch.cat([predict(*batch) for batch in batches])
-    return Evaluation(errors(predicted, ratings.values), predicted)
+    return Evaluation(errors(predicted, ratings.values)._asdict(), predicted)

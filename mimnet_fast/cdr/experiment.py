@@ -15,7 +15,7 @@ added later stand on the same base models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mimnet_fast.cdr.biases import residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.diagnostics import diagnose
-from mimnet_fast.cdr.evaluation import Predict, errors, evaluate
+from mimnet_fast.cdr.evaluation import Evaluation, errors, evaluate
 from mimnet_fast.cdr.models import (
     TRAINABLE,
     TRIVIAL,
@@ -106,26 +106,17 @@ def run(
     found: dict[str, Any] = {
         name: {
             "title": title,
-            **results.without_training(errors(predict(data), data.final.evaluation.values)),
+            **results.without_training(
+                errors(predict(data), data.final.evaluation.values)._asdict()
+            ),
         }
         for name, (title, predict) in TRIVIAL.items()
     }
     found |= results.read(folder).get("models", {})
     summary = {**results.header(dataset, config, stage1.split), "models": found}
     for name in models:
-        spec = TRAINABLE[name]
-        if _is_target_model(name):
-            curves = {phase: stage1.target(phase)[1] for phase in get_args(PhaseName)}
-        else:
-            curves = _train(name, stage1, folder)
-        found[name] = {
-            "title": spec.title,
-            "source": spec.source,
-            "settings": {setting: getattr(config, setting) for setting in spec.settings},
-            **results.select_epochs(curves["selection"], curves["final"]),
-            **_diagnostics(name, stage1, folder),
-        }
-        results.write(folder, summary)
+        found[name] = {**train(name, stage1, folder), **_diagnostics(name, stage1, folder)}
+        results.write(folder, summary, results.page(summary))
     return summary
 
 
@@ -135,8 +126,126 @@ def final_predictions(folder: Path, name: str) -> Tensor:
     return stored_predictions(folder / "final" / f"{stem}.safetensors")
 
 
-class BaseModels:
-    """Stage 1 of a run: matrix factorization of either domain, trained when first asked for.
+class Job(NamedTuple):
+    """How one model is trained in one phase."""
+
+    module: Module
+    loss: Loss
+    examples: tuple[Tensor, ...]
+    schedule: Schedule
+    evaluate: Callable[[], Evaluation]
+
+
+class Stage1:
+    """What a run of any task stands on: its settings, and base models made when first asked for.
+
+    Args:
+        dataset: A prepared dataset.
+        config: All settings.
+        folder: The run's folder.
+        progress: Where bars are drawn.
+        identity: What the task's base models depend on, beside the settings of all of them.
+        scale: Of their initial values.
+        weight_decay: Of their training.
+        criterion: The metric that chooses the weights to keep.
+        best: ``min`` or ``max``: which value of a metric is best.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config,
+        folder: Path,
+        progress: Progress,
+        *,
+        identity: dict[str, Any],
+        scale: float,
+        weight_decay: float,
+        criterion: str,
+        best: Callable[[list[float]], float],
+    ) -> None:
+        self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
+        self.scale, self.criterion, self.best = scale, criterion, best
+        self.schedule = Schedule(
+            config.base_epochs, config.base_batch_size, config.learning_rate, weight_decay
+        )
+        self.identity = {
+            "dataset": dataset.fingerprint,
+            **{name: getattr(config, name) for name in _BASE_SETTINGS},
+            **identity,
+        }
+        self._trained: dict[str, tuple[MatrixFactorization, list[Epoch]]] = {}
+
+    def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
+        """Target model of a phase and its curve on the phase's users."""
+        raise NotImplementedError
+
+    def job(self, name: str, phase: PhaseName, generator: torch.Generator) -> Job:
+        """How a model other than the base models is trained; ``generator`` draws all."""
+        raise NotImplementedError
+
+    def curve(self, checkpoint: Path, epochs: list[Epoch]) -> list[Epoch]:
+        """The epochs of a finished fit with all that is reported of them."""
+        return epochs
+
+    def factorization(self, stream: str, users: int, items: int) -> MatrixFactorization:
+        """An untrained base model."""
+        return seeded_module(
+            partial(BASES[self.config.base], users, items, self.config.features, scale=self.scale),
+            self.config.seed,
+            stream,
+        )
+
+    def _model(
+        self,
+        name: str,
+        users: int,
+        items: int,
+        examples: tuple[Tensor, ...],
+        loss: Callable[[MatrixFactorization, torch.Generator], Loss],
+        evaluate: Callable[[MatrixFactorization], Evaluation],
+        *,
+        keep_predictions: bool,
+    ) -> tuple[MatrixFactorization, list[Epoch]]:
+        """A base model, trained when first asked for, and its curve."""
+        if name not in self._trained:
+            config, stream = self.config, name.rpartition("/")[2]
+            model = self.factorization(stream, users, items)
+            generator = seeded_generator(config.seed, f"{stream} batches")
+            curve = fit(
+                model,
+                loss(model, generator),
+                examples,
+                self.schedule,
+                generator=generator,
+                evaluate=partial(evaluate, model),
+                checkpoint=self.folder / f"{name}.safetensors",
+                identity={"name": name, **self.identity},
+                progress=self.progress,
+                keep_predictions=keep_predictions,
+            )
+            self._trained[name] = model, curve
+        return self._trained[name]
+
+    def _with_prototypes(
+        self, inputs: FrozenInputs, model: TransferModel | type[TransferModel]
+    ) -> FrozenInputs:
+        """The inputs with prototypes of the target items, for a model that uses them."""
+        if not model.uses_prototypes:
+            return inputs
+        config = self.config
+        seed = config.seed % 2**32  # what scikit-learn takes
+        untrained = None
+        if model.clusters_untrained_rows:
+            generator = seeded_generator(config.seed, "untrained rows")
+            shape = len(inputs.source_items), config.features  # one for empty histories
+            untrained = self.scale * torch.randn(shape, generator=generator)
+        found = item_prototypes(inputs.target_items, config.prototypes, seed, untrained)
+        return replace(inputs, item_prototypes=found)
+
+
+class BaseModels(Stage1):
+    """Stage 1 of rating prediction: matrix factorization of either domain.
 
     Args:
         dataset: A prepared dataset.
@@ -146,7 +255,19 @@ class BaseModels:
     """
 
     def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
-        self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
+        self.biased = config.base == "biased-mf"
+        scale, weight_decay = (BIASED_SCALE, BIASED_DECAY) if self.biased else (1.0, 0.0)
+        super().__init__(
+            dataset,
+            config,
+            folder,
+            progress,
+            identity={},
+            scale=scale,
+            weight_decay=weight_decay,
+            criterion="mae",
+            best=min,
+        )
         self.raw = split(
             dataset,
             config.beta,
@@ -154,36 +275,40 @@ class BaseModels:
             history_order=config.history_order,
             history_length=config.history_length,
         )
-        self.biased = config.base == "biased-mf"
         whole = residuals(self.raw) if self.biased else self.raw
         self.split = keep_overlap(whole, config.overlap, config.seed)
-        self.scale, weight_decay = (BIASED_SCALE, BIASED_DECAY) if self.biased else (1.0, 0.0)
-        self.schedule = Schedule(
-            config.base_epochs, config.base_batch_size, config.learning_rate, weight_decay
-        )
-        self.identity = {"dataset": dataset.fingerprint} | {
-            name: getattr(config, name) for name in _BASE_SETTINGS
-        }
-        self._trained: dict[str, tuple[MatrixFactorization, list[Epoch]]] = {}
         self._frozen: dict[tuple[PhaseName, bool, bool, bool], FrozenInputs] = {}
 
     def source(self) -> tuple[MatrixFactorization, list[Epoch]]:
         """Source model and its curve, which is measured on its own training ratings."""
         train = self.split.train_source
         users, items = self.dataset.num_source_users, self.dataset.num_source_items
-        return self._model("source", users, items, train, train, keep_predictions=False)
+        return self._rated("source", users, items, train, train, keep_predictions=False)
 
     def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
         """Target model of a phase and its curve on the phase's cold-start users."""
         data: Phase = getattr(self.split, phase)
         users, items = self.dataset.num_target_users, self.dataset.num_target_items
-        return self._model(
+        return self._rated(
             f"{phase}/target",
             users,
             items,
             data.train_target,
             data.evaluation,
             keep_predictions=True,
+        )
+
+    def _rated(
+        self, name: str, users: int, items: int, train: Ratings, measured: Ratings, **options: Any
+    ) -> tuple[MatrixFactorization, list[Epoch]]:
+        return self._model(
+            name,
+            users,
+            items,
+            train.columns(),
+            lambda model, generator: squared_error(model),
+            lambda model: evaluate(model, measured),
+            **options,
         )
 
     def frozen(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
@@ -225,53 +350,28 @@ class BaseModels:
             target_items=target_items,
             user_weights=user_weights,
         )
-        if not model.uses_prototypes:
-            return inputs
+        return self._with_prototypes(inputs, model)
+
+    def job(self, name: str, phase: PhaseName, generator: torch.Generator) -> Job:
+        """See `Stage1.job`."""
+        data: Phase = getattr(self.split, phase)
+        if (build := TRAINABLE[name].build) is None:
+            tables = JointTables.of(self.dataset, data)
+            joint = self.factorization(name, tables.users, tables.items)
+            examples = tables.examples(self.split.train_source, data)
+            measured = partial(evaluate, tables.predict(joint), data.evaluation)
+            return Job(joint, squared_error(joint), examples, self.schedule, measured)
         config = self.config
-        seed = config.seed % 2**32  # what scikit-learn takes
-        untrained = None
-        if model.clusters_untrained_rows:
-            generator = seeded_generator(config.seed, "untrained rows")
-            shape = len(source_items) + 1, config.features  # one for empty histories
-            untrained = self.scale * torch.randn(shape, generator=generator)
-        found = item_prototypes(target_items, config.prototypes, seed, untrained)
-        return replace(inputs, item_prototypes=found)
-
-    def factorization(self, stream: str, users: int, items: int) -> MatrixFactorization:
-        """An untrained base model."""
-        return seeded_module(
-            partial(BASES[self.config.base], users, items, self.config.features, scale=self.scale),
-            self.config.seed,
-            stream,
+        model = seeded_module(partial(build, config), config.seed, name)
+        inputs = self.frozen(phase, model)
+        regularization = (BIASED_TRANSFER_DECAY, BIASED_AVERAGING) if self.biased else (0.0, 0.0)
+        return Job(
+            model,
+            lambda *batch: model.loss(inputs, batch, generator),
+            model.examples(inputs, data),
+            Schedule(config.epochs, config.batch_size, config.learning_rate, *regularization),
+            partial(evaluate, partial(model, inputs), data.evaluation),
         )
-
-    def _model(
-        self,
-        name: str,
-        users: int,
-        items: int,
-        train: Ratings,
-        measured: Ratings,
-        *,
-        keep_predictions: bool,
-    ) -> tuple[MatrixFactorization, list[Epoch]]:
-        if name not in self._trained:
-            config, stream = self.config, name.rpartition("/")[2]
-            model = self.factorization(stream, users, items)
-            curve = fit(
-                model,
-                squared_error(model),
-                train.columns(),
-                self.schedule,
-                generator=seeded_generator(config.seed, f"{stream} batches"),
-                evaluate=partial(evaluate, model, measured),
-                checkpoint=self.folder / f"{name}.safetensors",
-                identity={"name": name, **self.identity},
-                progress=self.progress,
-                keep_predictions=keep_predictions,
-            )
-            self._trained[name] = model, curve
-        return self._trained[name]
 
 
 def _user_weights(phase: Phase, users: int) -> Tensor:
@@ -289,35 +389,32 @@ def _is_target_model(name: str) -> bool:
     return TRAINABLE[name].build is None and TRAINABLE[name].base == "target"
 
 
-class _Job(NamedTuple):
-    """How one model is trained in one phase."""
+def train(name: str, stage1: Stage1, folder: Path) -> dict[str, Any]:
+    """Both phases of a model, and what `results.json` says of it.
 
-    module: Module
-    loss: Loss
-    examples: tuple[Tensor, ...]
-    schedule: Schedule
-    predict: Predict
-    """The trained module's ratings of target items."""
-
-
-def _train(name: str, stage1: BaseModels, folder: Path) -> dict[str, list[Epoch]]:
-    """Both phases of a model; keeps the weights of the honestly chosen epoch."""
-    selection = _train_phase(name, stage1, folder, "selection")
-    chosen = results.best_epoch(selection, "mae")
-    final = _train_phase(name, stage1, folder, "final", keep=chosen)
-    return {"selection": selection, "final": final}
+    Weights of the honestly chosen epoch are kept, but of a base model.
+    """
+    spec = TRAINABLE[name]
+    if _is_target_model(name):
+        selection, final = (stage1.target(phase)[1] for phase in get_args(PhaseName))
+    else:
+        selection = _train_phase(name, stage1, folder, "selection")
+        chosen = results.best_epoch(selection, stage1.criterion, stage1.best)
+        final = _train_phase(name, stage1, folder, "final", keep=chosen)
+    return {
+        "title": spec.title,
+        "source": spec.source,
+        "settings": {setting: getattr(stage1.config, setting) for setting in spec.settings},
+        **results.select_epochs(selection, final, stage1.best),
+    }
 
 
 def _train_phase(
-    name: str, stage1: BaseModels, folder: Path, phase: PhaseName, *, keep: int | None = None
+    name: str, stage1: Stage1, folder: Path, phase: PhaseName, *, keep: int | None = None
 ) -> list[Epoch]:
-    config, build = stage1.config, TRAINABLE[name].build
+    config = stage1.config
     generator = seeded_generator(config.seed, f"{name} batches")
-    if build is None:
-        job = _joint_job(name, stage1, phase)
-    else:
-        model = seeded_module(partial(build, config), config.seed, name)
-        job = _transfer_job(model, stage1, phase, generator)
+    job = stage1.job(name, phase, generator)
     identity = {"name": f"{phase}/{name}", **stage1.identity} | {
         setting: getattr(config, setting) for setting in TRAINABLE[name].settings
     }
@@ -326,42 +423,20 @@ def _train_phase(
         if epoch == keep:
             checkpoints.save(folder / f"{name}.safetensors", job.module.state_dict(), identity)
 
-    data: Phase = getattr(stage1.split, phase)
-    return fit(
+    checkpoint = folder / phase / f"{name}.safetensors"
+    epochs = fit(
         job.module,
         job.loss,
         job.examples,
         job.schedule,
         generator=generator,
-        evaluate=partial(evaluate, job.predict, data.evaluation),
-        checkpoint=folder / phase / f"{name}.safetensors",
+        evaluate=job.evaluate,
+        checkpoint=checkpoint,
         identity=identity,
         progress=stage1.progress,
         after_epoch=keep_chosen,
     )
-
-
-def _joint_job(name: str, stage1: BaseModels, phase: PhaseName) -> _Job:
-    data: Phase = getattr(stage1.split, phase)
-    tables = JointTables.of(stage1.dataset, data)
-    model = stage1.factorization(name, tables.users, tables.items)
-    examples = tables.examples(stage1.split.train_source, data)
-    return _Job(model, squared_error(model), examples, stage1.schedule, tables.predict(model))
-
-
-def _transfer_job(
-    model: TransferModel, stage1: BaseModels, phase: PhaseName, generator: torch.Generator
-) -> _Job:
-    config = stage1.config
-    inputs = stage1.frozen(phase, model)
-    regularization = (BIASED_TRANSFER_DECAY, BIASED_AVERAGING) if stage1.biased else (0.0, 0.0)
-    return _Job(
-        model,
-        lambda *batch: model.loss(inputs, batch, generator),
-        model.examples(inputs, getattr(stage1.split, phase)),
-        Schedule(config.epochs, config.batch_size, config.learning_rate, *regularization),
-        partial(model, inputs),
-    )
+    return stage1.curve(checkpoint, epochs)
 
 
 def _diagnostics(name: str, stage1: BaseModels, folder: Path) -> dict[str, Any]:

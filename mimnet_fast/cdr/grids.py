@@ -162,7 +162,7 @@ class _Cells:
         cells = []
         for name, (title, predict) in TRIVIAL.items():
             predicted = predict(raw)
-            scores = results.without_training(errors(predicted, actual.values))
+            scores = results.without_training(errors(predicted, actual.values)._asdict())
             totals = user_totals(dict.fromkeys(_SCORES, predicted), actual, len(self.tested))
             cells.append(self._cell(name, title, scores, totals, trivial=True))
         return cells

@@ -160,23 +160,46 @@ def histories(
     """Liked source items of the first ``users`` source users, as in `Split`: ids and lengths."""
     source = dataset.source
     liked = source.where((source.values > LIKED_ABOVE) & (source.users < users))
-    owners, items = liked.users.numpy(), liked.items.numpy()
-    keys = [owners]
-    if order == "time":
-        if liked.timestamps is None:
-            raise UserError(
-                f"history order 'time': {dataset.info['source']['file']} has no timestamp column; "
-                "use 'file', or prepare the dataset from a file with timestamps"
-            )
-        keys.insert(0, liked.timestamps.numpy())
-    by_user = np.lexsort(keys)  # stable, so equal keys stay in file order
-    owners, items = owners[by_user], items[by_user]
+    if order == "time" and liked.timestamps is None:
+        raise UserError(
+            f"history order 'time': {dataset.info['source']['file']} has no timestamp column; "
+            "use 'file', or prepare the dataset from a file with timestamps"
+        )
+    if order == "file":
+        liked = replace(liked, timestamps=None)
+    padding = dataset.num_source_items
+    return last_items(liked, torch.arange(users), None, length=length, padding=padding)
 
-    counts = np.bincount(owners, minlength=users)
-    lengths = np.minimum(counts, length)
-    left_in_user = np.cumsum(counts)[owners] - np.arange(len(owners))
-    column = lengths[owners] - left_in_user
-    recent = column >= 0
-    found = np.full((users, length), dataset.num_source_items)
-    found[owners[recent], column[recent]] = items[recent]
-    return torch.from_numpy(found), torch.from_numpy(lengths)
+
+def last_items(
+    ratings: Ratings, users: Tensor, until: Tensor | None, *, length: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """The last items of each user before a time.
+
+    Args:
+        ratings: In the order of the file, which breaks ties, or decides where no times are.
+        users: ``[R]``, a row of the result each.
+        until: Times ``[R]``, none of which is reached; or the end of time.
+        length: L.
+        padding: What stands behind the items.
+
+    Returns:
+        Item ids ``[R, L]``, oldest first, and how many there are ``[R]``.
+    """
+    rows, count = len(users), len(ratings)
+    ends = np.full(rows, np.inf) if until is None else until.numpy()
+    times = np.zeros(count) if ratings.timestamps is None else ratings.timestamps.numpy()
+    owners = np.concatenate([users.numpy(), ratings.users.numpy()])
+    is_rating = np.arange(rows + count) >= rows
+    # Stable; a row comes before the ratings of its time.
+    order = np.lexsort([is_rating, np.concatenate([ends, times]), owners])
+    sorted_is_rating = is_rating[order]
+    rated = order[sorted_is_rating] - rows
+    items = np.append(ratings.items.numpy()[rated], padding)
+    stop = np.empty(rows, np.int64)
+    stop[order[~sorted_is_rating]] = np.cumsum(sorted_is_rating)[~sorted_is_rating]
+    start = np.searchsorted(ratings.users.numpy()[rated], users.numpy())
+    lengths = np.minimum(stop - start, length)
+    column = np.arange(length)
+    position = np.where(column < lengths[:, None], (stop - lengths)[:, None] + column, count)
+    return torch.from_numpy(items[position]), torch.from_numpy(lengths)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.table import Table
 
@@ -18,7 +18,7 @@ from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.evaluation import Errors
-from mimnet_fast.cdr.protocol import Split
+from mimnet_fast.cdr.protocol import Phase
 from mimnet_fast.cdr.training import Epoch
 
 SELECTIONS = {
@@ -28,7 +28,21 @@ SELECTIONS = {
 }
 
 
-def header(dataset: Dataset, config: Config, data: Split) -> dict[str, Any]:
+class Phases(Protocol):
+    """A split of any task."""
+
+    @property
+    def selection(self) -> Phase:
+        """See `Split`."""
+        ...
+
+    @property
+    def final(self) -> Phase:
+        """See `Split`."""
+        ...
+
+
+def header(dataset: Dataset, config: Config, data: Phases) -> dict[str, Any]:
     """Everything in `results.json` but the models."""
     return {
         "format": "mimnet_fast.results",
@@ -69,15 +83,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def without_training(found: Errors) -> dict[str, Any]:
+def without_training(found: dict[str, float]) -> dict[str, Any]:
     """Both selections of a predictor that has no epochs."""
-    return {selection: found._asdict() for selection in SELECTIONS}
+    return dict.fromkeys(SELECTIONS, found)
 
 
-def select_epochs(selection: list[Epoch], final: list[Epoch]) -> dict[str, Any]:
+def select_epochs(
+    selection: list[Epoch], final: list[Epoch], best: Callable[[list[float]], float] = min
+) -> dict[str, Any]:
     """Both selections of a trained model, with the epochs counted from 1 and both curves.
 
-    >>> curves = [Epoch(0, 3, 3), Epoch(0, 2, 4)], [Epoch(0, 1, 9), Epoch(0, 5, 8)]
+    >>> values = [(3, 3), (2, 4)], [(1, 9), (5, 8)]
+    >>> curves = [[{"loss": 0, "mae": mae, "rmse": rmse} for mae, rmse in each] for each in values]
     >>> found = select_epochs(*curves)
     >>> found["published"]
     {'mae': 1, 'mae_epoch': 1, 'rmse': 8, 'rmse_epoch': 2}
@@ -87,25 +104,22 @@ def select_epochs(selection: list[Epoch], final: list[Epoch]) -> dict[str, Any]:
 
     def at_best_of(curve: list[Epoch]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for metric in Errors._fields:
-            best = best_epoch(curve, metric)
-            found |= {metric: getattr(final[best - 1], metric), f"{metric}_epoch": best}
+        for metric in [name for name in final[0] if name != "loss"]:
+            chosen = best_epoch(curve, metric, best)
+            found |= {metric: final[chosen - 1][metric], f"{metric}_epoch": chosen}
         return found
 
     return {
         "published": at_best_of(final),
         "honest": at_best_of(selection),
-        "curves": {
-            "selection": [asdict(epoch) for epoch in selection],
-            "final": [asdict(epoch) for epoch in final],
-        },
+        "curves": {"selection": selection, "final": final},
     }
 
 
-def best_epoch(curve: list[Epoch], metric: str) -> int:
-    """The first epoch, from 1, with the lowest value of ``metric``."""
-    values: list[float] = [getattr(epoch, metric) for epoch in curve]
-    return values.index(min(values)) + 1
+def best_epoch(curve: list[Epoch], metric: str, best: Callable[[list[float]], float] = min) -> int:
+    """The first epoch, from 1, with the lowest (or best) value of ``metric``."""
+    values = [epoch[metric] for epoch in curve]
+    return values.index(best(values)) + 1
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -114,17 +128,17 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(folder: Path, results: dict[str, Any]) -> None:
-    """Write `results.json` and `results.md`."""
+def write(folder: Path, results: dict[str, Any], page: str) -> None:
+    """Write `results.json` and, with the page, `results.md`."""
     with atomic_file(folder / "results.md") as path:
-        path.write_text(_markdown(results))
+        path.write_text(page)
     with atomic_file(folder / "results.json") as path:  # last: a model in it is finished
         path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def table(results: dict[str, Any], title: str) -> Table:
     """The results for the terminal."""
-    return screen_table(_COLUMNS, _rows(results), title=title, caption=_LEGEND)
+    return screen_table(_COLUMNS, rows(results, _SCORES), title=title, caption=LEGEND)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -150,11 +164,14 @@ def listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-_LEGEND = "@n: at epoch n"
-_COLUMNS = ("model", "MAE published", "RMSE published", "MAE honest", "RMSE honest")
+LEGEND = "@n: at epoch n"
+_SCORES = [(selection, metric) for selection in SELECTIONS for metric in Errors._fields]
+_COLUMNS = ("model", *(f"{metric.upper()} {selection}" for selection, metric in _SCORES))
 
 
-def _rows(results: dict[str, Any]) -> list[list[str]]:
+def rows(results: dict[str, Any], scores: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Each model's title and its (selection, metric) ``scores``."""
+
     def cell(found: dict[str, Any], metric: str) -> str:
         epoch = found.get(f"{metric}_epoch")
         return f"{found[metric]:.4f}" + (f" @{epoch}" if epoch else "")
@@ -162,19 +179,15 @@ def _rows(results: dict[str, Any]) -> list[list[str]]:
     return [
         [
             model["title"],
-            *(
-                cell(model[selection], metric)
-                for selection in SELECTIONS
-                for metric in Errors._fields
-            ),
+            *(cell(model[selection], metric) for selection, metric in scores),
         ]
         for model in results["models"].values()
     ]
 
 
-def _markdown(results: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
+    """The results of a run in Markdown."""
     data, config = results["dataset"], results["config"]
-    settings, versions = listed(config), listed(results["versions"])
     return "\n".join(
         [
             f"# {data['source']} -> {data['target']}, beta {config['beta']}, seed {config['seed']}",
@@ -182,18 +195,25 @@ def _markdown(results: dict[str, Any]) -> str:
             f"{data['test_ratings']} ratings by {data['test_users']} cold-start test users, "
             f"of {data['overlap_users']} users of both domains.",
             "",
-            *markdown_table(_COLUMNS, _rows(results)),
+            *markdown_table(_COLUMNS, rows(results, _SCORES)),
             "",
-            f"- {_LEGEND}",
+            f"- {LEGEND}",
             *(f"- {name}: {meaning}" for name, meaning in results["selections"].items()),
             *(
                 f"- {model['title']}: {diagnostics.sentence(model['diagnostics'])}"
                 for model in results["models"].values()
                 if "diagnostics" in model
             ),
-            f"- settings of the last run: {settings}",
-            f"- dataset {data['fingerprint'][:16]}",
-            f"- {versions}; {results['machine']}",
+            *provenance(results),
             "",
         ]
     )
+
+
+def provenance(results: dict[str, Any]) -> list[str]:
+    """What the numbers come from, as lines of a list."""
+    return [
+        f"- settings of the last run: {listed(results['config'])}",
+        f"- dataset {results['dataset']['fingerprint'][:16]}",
+        f"- {listed(results['versions'])}; {results['machine']}",
+    ]

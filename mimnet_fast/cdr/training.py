@@ -33,14 +33,8 @@ Loss = Callable[..., Tensor]
 """Mean loss of a batch: called with the batch's part of each column of the training data."""
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch."""
-
-    loss: float
-    """Mean of the batch losses."""
-    mae: float
-    rmse: float
+Epoch = dict[str, float]
+"""One finished epoch: the mean ``loss`` of its batches, and what was measured after it."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def fit(
             )
         with nullcontext() if average is None else average.applied():
             measured = evaluate()
-            curve.append(Epoch(losses.mean().item(), *measured.errors))
+            curve.append({"loss": losses.mean().item(), **measured.errors})
             if keep_predictions:
                 predictions.append(measured.predicted)
             after_epoch(epoch)
@@ -226,9 +220,7 @@ def _store(
     tensors["generator"] = generator.get_state()
     if predictions:
         tensors[_PREDICTIONS] = torch.stack(predictions)
-    checkpoints.save(
-        path, tensors, {"identity": identity, "curve": [asdict(epoch) for epoch in curve]}
-    )
+    checkpoints.save(path, tensors, {"identity": identity, "curve": curve})
 
 
 def _restore(
@@ -261,4 +253,4 @@ def _restore(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(tensors["generator"])
     predictions = list(tensors[_PREDICTIONS]) if _PREDICTIONS in tensors else []
-    return [Epoch(**epoch) for epoch in record["curve"]], predictions
+    return record["curve"], predictions

@@ -51,7 +51,7 @@ def test_models_stand_on_them(dataset: Dataset, prepared: Path, tmp_path: Path, 
     stage1 = BaseModels(dataset, config, tmp_path, QUIET)
     for model, curve in (stage1.source(), stage1.target("final")):
         assert type(model) is BASES[base]
-        assert curve[1].loss < curve[0].loss
+        assert curve[1]["loss"] < curve[0]["loss"]
     source, target = stage1.source()[0], stage1.target("final")[0]
 
     build = MODELS["emcdr"].build

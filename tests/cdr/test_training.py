@@ -11,7 +11,7 @@ from mimnet_fast.cdr import checkpoints, experiment
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.evaluation import Errors, Evaluation
+from mimnet_fast.cdr.evaluation import Evaluation
 from mimnet_fast.cdr.experiment import run
 from mimnet_fast.cdr.models import MODELS, TRIVIAL, MatrixFactorization, MIMNet
 from mimnet_fast.cdr.training import (
@@ -121,7 +121,7 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
     inputs = stage1.frozen("final", MIMNet)
     found = experiment.evaluate(partial(model, inputs), stage1.split.final.evaluation)
-    assert found.errors.mae == honest["mae"]
+    assert found.errors["mae"] == honest["mae"]
     stored = stored_predictions(folder / "final" / "mimnet.safetensors")
     assert stored.shape == (config.epochs, len(stage1.split.final.evaluation))
     assert stored[honest["mae_epoch"] - 1].equal(found.predicted)
@@ -208,7 +208,7 @@ def small_fit(folder: Path, *, learning_rate: float = 0.01) -> None:
         ratings.columns(),
         Schedule(2, 8, learning_rate),
         generator=seeded_generator(1, "x"),
-        evaluate=lambda: Evaluation(Errors(0, 0), torch.zeros(3)),
+        evaluate=lambda: Evaluation({}, torch.zeros(3)),
         checkpoint=folder / "x.safetensors",
         identity={"name": "x"},
         progress=QUIET,

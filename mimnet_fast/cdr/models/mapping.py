@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, Sequential, Tanh
 
 from mimnet_fast.cdr.config import Mapping
-from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel, dot_products
 from mimnet_fast.cdr.protocol import Phase
 
 
@@ -33,6 +33,17 @@ class MappingModel(TransferModel):
         transferred = self.transfer(inputs.source_users[users])
         ratings: Tensor = (transferred * inputs.target_items[items]).sum(-1)
         return ratings
+
+    def scores(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        candidates: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `TransferModel.scores`."""
+        transferred = self.transfer(inputs.source_users[users])
+        return dot_products(transferred, inputs.target_items, candidates)
 
     def examples(self, inputs: FrozenInputs, phase: Phase) -> tuple[Tensor, ...]:
         """See `TransferModel.examples`: the users alone."""

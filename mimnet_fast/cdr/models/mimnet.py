@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from mimnet_fast import nn, ops
 from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
@@ -78,6 +79,47 @@ class MIMNet(TransferModel):
             padding=self.padding,
             backend=self.backend,
         )
+
+    def scores(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        candidates: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `TransferModel.scores`."""
+        assert inputs.item_prototypes is not None
+        ids, lengths, table = self.history(inputs, users)
+        assert table is not None
+        capsules = ops.dynamic_routing(
+            embedding(ids, table),
+            self.routing.weight,
+            self.logits(users.shape[0], generator),
+            lengths=lengths,
+            iterations=self.iterations,
+            padding=self.padding,
+            backend=self.backend,
+        )
+        assert isinstance(capsules, Tensor)
+        bridge = self.bridge
+        interests = ops.interest_bridge(
+            capsules,
+            inputs.source_users[users],
+            bridge.w1,
+            bridge.b1,
+            bridge.w2,
+            bridge.b2,
+            backend=self.backend,
+        )
+        items, prototypes = (
+            rows.expand(len(users), *rows.shape) if candidates is None else rows[candidates]
+            for rows in (inputs.target_items, inputs.item_prototypes)
+        )
+        answers = ops.multi_granularity_attention(
+            items, prototypes, interests, *self.attention.weights(), backend=self.backend
+        )
+        assert isinstance(answers, Tensor)
+        return (answers * items).sum(-1)
 
     def history(self, inputs: FrozenInputs, users: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Item ids ``[B, L]``, lengths ``[B]`` and the item table, for `ops.mimnet_forward`."""

@@ -8,7 +8,7 @@ from torch.nn import Linear, ReLU, Sequential
 from torch.nn.functional import embedding
 
 from mimnet_fast import nn
-from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel, dot_products
 
 
 class PTUPCDR(TransferModel):
@@ -41,12 +41,26 @@ class PTUPCDR(TransferModel):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `TransferModel.forward`; nothing in it is random."""
+        ratings: Tensor = (self.transfer(inputs, users) * inputs.target_items[items]).sum(-1)
+        return ratings
+
+    def scores(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        candidates: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `TransferModel.scores`."""
+        return dot_products(self.transfer(inputs, users), inputs.target_items, candidates)
+
+    def transfer(self, inputs: FrozenInputs, users: Tensor) -> Tensor:
+        """What users ``[B]`` are in the target domain, ``[B, D]``."""
         ids, lengths = inputs.histories[users], inputs.lengths[users]
         history = embedding(ids, inputs.source_items)
         padding = torch.arange(ids.shape[1]) >= lengths[:, None]
         score = self.score(history).squeeze(-1).masked_fill(padding, -1e8)
         weights = score.softmax(-1).masked_fill(padding, 0)  # an empty history has none at all
         characteristics = (weights.unsqueeze(1) @ history).squeeze(1)
-        transferred = self.bridge(characteristics.unsqueeze(1), inputs.source_users[users])
-        ratings: Tensor = (transferred.squeeze(1) * inputs.target_items[items]).sum(-1)
-        return ratings
+        transferred: Tensor = self.bridge(characteristics.unsqueeze(1), inputs.source_users[users])
+        return transferred.squeeze(1)

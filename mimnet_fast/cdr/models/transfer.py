@@ -75,6 +75,26 @@ class TransferModel(Module):
         """
         raise NotImplementedError
 
+    def scores(
+        self,
+        inputs: FrozenInputs,
+        users: Tensor,
+        candidates: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """What `forward` gives for several items of each user, with the user's part done once.
+
+        Args:
+            inputs: As in `forward`.
+            users: ``[B]``
+            candidates: Target items ``[B, C]``, or None for all of them.
+            generator: As in `forward`.
+
+        Returns:
+            ``[B, C]``
+        """
+        raise NotImplementedError
+
     def examples(self, inputs: FrozenInputs, phase: Phase) -> tuple[Tensor, ...]:
         """What the model learns from, as columns: users, items and ratings of ``train_meta``."""
         return phase.train_meta.columns()
@@ -87,6 +107,13 @@ class TransferModel(Module):
         return weighted_squared_error(
             inputs, users, self(inputs, users, items, generator=generator), values
         )
+
+
+def dot_products(vectors: Tensor, items: Tensor, candidates: Tensor | None) -> Tensor:
+    """User vectors ``[B, D]`` times their candidates ``[B, C]``, or times all ``items [M, D]``."""
+    if candidates is None:
+        return vectors @ items.T
+    return (items[candidates] @ vectors.unsqueeze(-1)).squeeze(-1)
 
 
 def weighted_squared_error(
