@@ -72,7 +72,7 @@ def ranks(score: Score, positives: Ratings, seen: Seen) -> Tensor:
     """Rank, from 1, of each positive among all items that its user has not seen.
 
     Equal scores are ranked by index, as in `ops.catalogue_top_k`. The catalogue is scored for as
-    many positives at once as memory allows for any size of it.
+    many users at once, and compared with as many positives, as memory allows for any size of it.
 
     Returns:
         int64 ``[n]``, in the order of ``positives``.
@@ -81,18 +81,21 @@ def ranks(score: Score, positives: Ratings, seen: Seen) -> Tensor:
         UserError: a score that is not finite.
     """
     found = torch.empty(len(positives), dtype=torch.int64)
-    by_user = positives.users.argsort(stable=True)
     index = torch.arange(seen.num_items)
-    for part in by_user.split(max(1, _SCORES_AT_ONCE // seen.num_items)):
-        users, rows = positives.users[part].unique(return_inverse=True)
+    at_once = max(1, _SCORES_AT_ONCE // seen.num_items)
+    everyone, rows, counts = positives.users.unique(return_inverse=True, return_counts=True)
+    by_user = rows.argsort(stable=True).split([int(part.sum()) for part in counts.split(at_once)])
+    for users, theirs in zip(everyone.split(at_once), by_user, strict=True):
         scores = score(users)
         if not scores.isfinite().all():
             raise UserError("scores are not finite: lower --learning-rate")
-        scores = scores.index_put(seen.positions(users), scores.new_tensor(-torch.inf))[rows]
-        items = positives.items[part][:, None]
-        own = scores.gather(1, items)
-        ahead = (scores > own) | ((scores == own) & (index < items))
-        found[part] = 1 + ahead.sum(1)
+        scores = scores.index_put(seen.positions(users), scores.new_tensor(-torch.inf))
+        first = rows[theirs[0]]
+        for part in theirs.split(at_once):
+            of_user, items = scores[rows[part] - first], positives.items[part][:, None]
+            own = of_user.gather(1, items)
+            ahead = (of_user > own) | ((of_user == own) & (index < items))
+            found[part] = 1 + ahead.sum(1)
     return found
 
 
