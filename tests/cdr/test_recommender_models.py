@@ -171,5 +171,5 @@ def test_errors_are_pooled_over_all_batches(
     monkeypatch.setattr("mimnet_fast.cdr.evaluation._BATCH", 7)
     found = evaluate(lambda users, items: users / 10 + items, dataset.target).errors
     predicted = dataset.target.users / 10 + dataset.target.items
-    assert found == errors(predicted, dataset.target.values)
+    assert found == errors(predicted, dataset.target.values)._asdict()
     assert errors(torch.tensor([9.0, 1.0]), torch.tensor([5.0, 1.0])) == (2.0, math.sqrt(8))
