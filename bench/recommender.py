@@ -14,7 +14,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
@@ -33,7 +33,9 @@ TASKS = (("movies", "music"), ("books", "movies"), ("books", "music"))
 BETAS = (0.2, 0.5, 0.8)
 SEEDS = tuple(range(2020, 2025))
 METRICS = ("mae", "rmse")
-MODEL, BASE = "mimnet", "biased-mf"
+MODEL = "mimnet"
+BASE: Base = "biased-mf"
+BASES: tuple[Base, ...] = ("mf", BASE)
 
 _INTRODUCTION = """\
 # Results
@@ -249,7 +251,7 @@ def measure(source: Path, target: Path, work: Path, progress: Progress) -> dict[
     plan = Plan("compare", variants, BETAS, SEEDS)
     found: dict[str, Any] = {}
     bases = {}
-    for base in get_args(Base):
+    for base in BASES:
         found = run_grid(dataset, Config(base=base), plan, work / base, progress)
         bases[base] = [_compact(row) for row in found["rows"]]
     kept = ("dataset", "config", "seeds", "versions", "machine")
