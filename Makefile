@@ -20,8 +20,9 @@ test-packaging: setup
 bench: setup
 	$(BIN)/pytest bench --benchmark-only
 
-# Every CUDA kernel for every architecture that is served, with its registers and shared memory.
+# Every kernel for every architecture that is served, with its registers and shared memory.
 cuda-all: setup
+	$(BIN)/python tests/compiled.py triton 80 90 100
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/compiled.py cuda 80 86 89 90 100 120
 
 lint: setup

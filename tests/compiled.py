@@ -42,7 +42,7 @@ from bench import cases as sizes  # noqa: E402
 from mimnet_fast import backends, ops  # noqa: E402
 
 JOBS = 2
-ARCHITECTURES = {"triton": ("80", "90", "100"), "cuda": ("90",)}
+ARCHITECTURES = {"triton": ("90",), "cuda": ("90",)}
 
 # Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 have the least of all.
 SHARED_MEMORY = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPES, Call, dtype_id, fusion_call, shape_id
+from cases import DTYPES, Call, dtype_id, fusion_call, shape_id, some_users
 
 from mimnet_fast import ops
 
@@ -25,6 +25,7 @@ SHAPES = [
 @pytest.mark.parametrize("bias_dims", [0, 1], ids=["scalar_bias", "vector_bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_matches_the_reference(backend, dtype, bias_dims, return_gate, shape):
+    shape = {**shape, "b": some_users(backend, shape["b"])}
     fusion_call(bias_dims=bias_dims, return_gate=return_gate, dtype=dtype, **shape).verify(backend)
 
 

@@ -51,6 +51,8 @@ SAMPLES = {
 @every_op
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(backend, sample, name):
+    if interpreted(backend) and sample not in ("empty", "one_user"):
+        pytest.skip("one user shows as much in Triton's interpreter")
     calls = recorded(EVERY_OP[name](**SAMPLES[sample]), backend)
     assert len(calls) == 2, "one op forward, one backward"
     (forward, arguments), (backward, backward_arguments) = calls
@@ -64,7 +66,7 @@ def test_opcheck(backend, sample, name):
 
 @every_op
 def test_opcheck_of_strided_inputs(backend, name):
-    call = EVERY_OP[name]()
+    call = EVERY_OP[name](**SAMPLES["one_user"] if interpreted(backend) else {})
     call = call.map(lambda t: t.T.contiguous().T if t.dim() == 2 else t.movedim(-1, 0).contiguous()
                     .movedim(0, -1) if t.dim() > 2 else t)  # fmt: skip
     for op, arguments in recorded(call, backend):
