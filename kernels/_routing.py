@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ._launch import MOST_REGISTERS, launch
 from ._tiles import padded, product
+from .squash import IDENTITY
 
 CAPSULES = tl.constexpr(0)
 ZERO_AFTER = tl.constexpr(0)
@@ -281,6 +284,64 @@ def _inverse_norms_kernel(
         norm2 += tl.sum(votes * votes, 1, keep_dims=True)
     out += (user * tl.num_programs(2) + k) * length + at
     tl.store(out, inverse_norm(norm2), mask=at < length)
+
+
+class RoutingOptions(NamedTuple):
+    """What an op was asked for, with codes for the forms of its squashes."""
+
+    iterations: int
+    softmax_over: int
+    padding: int
+    update: int
+    normalize: bool
+    inner_squash: int
+    final_squash: int
+    inverse_temperature: float
+    eps: float
+    power: float
+
+    @staticmethod
+    def of(
+        iterations: int,
+        softmax_over: int,
+        padding: int,
+        update: int,
+        normalize_agreement: bool,
+        inner_squash: bool,
+        final_squash: bool,
+        temperature: float,
+        squash: int,
+        eps: float,
+        power: float,
+    ) -> RoutingOptions:
+        """From the arguments of the op. A single iteration has no agreement to normalise."""
+        return RoutingOptions(
+            iterations,
+            softmax_over,
+            padding,
+            update,
+            normalize_agreement and iterations > 1,
+            squash if inner_squash else IDENTITY.value,
+            squash if final_squash else IDENTITY.value,
+            1 / temperature,
+            eps,
+            power,
+        )
+
+    def numbers(self) -> tuple[float, float, float]:
+        """Arguments of the kernels that route one user in a program."""
+        return self.inverse_temperature, self.eps, self.power
+
+    def constants(self) -> dict[str, int | bool]:
+        """Their constants."""
+        return {
+            "AXIS": self.softmax_over,
+            "PADDING": self.padding,
+            "UPDATE": self.update,
+            "NORMALIZE": self.normalize,
+            "INNER": self.inner_squash,
+            "FINAL": self.final_squash,
+        }
 
 
 def votes_of(inputs: Tensor, weight: Tensor | None) -> dict[str, bool | int]:

@@ -36,6 +36,7 @@ from ._routing import (
     REPLACE,
     SHARED,
     ZERO_AFTER,
+    RoutingOptions,
     inverse_norms_of,
     load_inputs,
     load_inverse_norms,
@@ -52,7 +53,7 @@ from ._routing import (
 from ._tiles import bound, product
 from .dynamic_routing_full import full_gradient_of
 from .dynamic_routing_positions import PositionRouting
-from .squash import IDENTITY, squash_factor, squash_slope
+from .squash import squash_factor, squash_slope
 from .weight_gradients import outer_sums
 
 
@@ -404,22 +405,19 @@ def dynamic_routing(
     The capsules have the dtype of the inputs unless another is asked for. With a weight per
     position the weighted sum is that of the votes [B,K,D].
     """
-    inner = squash if inner_squash else IDENTITY.value
-    final = squash if final_squash else IDENTITY.value
+    options = RoutingOptions.of(
+        iterations, softmax_over, padding, update, normalize_agreement, inner_squash, final_squash,
+        temperature, squash, eps, power,
+    )  # fmt: skip
     if weight is not None and weight.dim() == 4:
-        return PositionRouting(
-            inputs, weight, logits, mask, capsule_mask, num_capsules, iterations, softmax_over,
-            padding, update, normalize_agreement, inner, final, temperature, eps, power,
-        ).forward(dtype)  # fmt: skip
+        routing = PositionRouting(inputs, weight, logits, mask, capsule_mask, num_capsules, options)
+        return routing.forward(dtype)
     batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
     d = d_in if weight is None else weight.shape[-1]
     out = inputs.new_empty(batch, num_capsules, d, dtype=dtype)
     coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
-    _route(
-        inputs, weight, logits, mask, capsule_mask, out, coupling, pooled, iterations, softmax_over,
-        padding, update, normalize_agreement, inner, final, temperature, eps, power,
-    )  # fmt: skip
+    _route(inputs, weight, logits, mask, capsule_mask, out, coupling, pooled, options)
     return out, coupling, pooled
 
 
@@ -432,26 +430,17 @@ def _route(
     out: Tensor | None,
     coupling: Tensor,
     pooled: Tensor,
-    iterations: int,
-    softmax_over: int,
-    padding: int,
-    update: int,
-    normalize_agreement: bool,
-    inner_squash: int,
-    final_squash: int,
-    temperature: float,
-    eps: float,
-    power: float,
+    options: RoutingOptions,
 ) -> None:
     """Fills ``coupling`` and ``pooled``, without ``out`` with a trace of all iterations."""
     k, length, d_in = coupling.shape[-2], inputs.shape[-2], inputs.shape[-1]
     kind = votes_of(inputs, weight)
     tiles = tiles_of(k, length, d_in, weight, kind["OWN_VOTES"])
-    if normalize_agreement and kind["OWN_VOTES"]:
+    if options.normalize and kind["OWN_VOTES"]:
         # A tile of votes and what their lengths come from exceed the registers of fewer.
         tiles["num_warps"] = min(8, 2 * tiles["num_warps"])
     inverse_norms = None
-    if normalize_agreement and weight is not None and iterations > 1:
+    if options.normalize and weight is not None:
         inverse_norms = inverse_norms_of(inputs, weight)
     if inputs.dim() == 3:
         inputs = inputs[:, None]
@@ -468,25 +457,18 @@ def _route(
         coupling,
         pooled,
         length,
-        iterations,
+        options.iterations,
         *inputs.stride(),
         *strides_of(weight, 3),
         *strides_of(logits, 3),
         *mask_strides(mask),
         *strides_of(capsule_mask, 2),
-        1 / temperature,
-        eps,
-        power,
+        *options.numbers(),
         **kind,
         K=k,
         D_IN=d_in,
         D=d_in if weight is None else weight.shape[-1],
-        AXIS=softmax_over,
-        PADDING=padding,
-        UPDATE=update,
-        NORMALIZE=normalize_agreement and iterations > 1,
-        INNER=inner_squash,
-        FINAL=final_squash,
+        **options.constants(),
         WHOLE=length <= tiles["L_TILE"],
         **tiles,
     )
@@ -516,16 +498,14 @@ def dynamic_routing_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the inputs, the weight and the logits; of the last two where they have one."""
-    inner = squash if inner_squash else IDENTITY.value
-    final = squash if final_squash else IDENTITY.value
+    options = RoutingOptions.of(
+        iterations, softmax_over, padding, update, normalize_agreement, inner_squash, final_squash,
+        temperature, squash, eps, power,
+    )  # fmt: skip
     batch, k, length = coupling.shape
     by_position = weight is not None and weight.dim() == 4
-    normalized = weight is not None and normalize_agreement and iterations > 1
-    if by_position or (full_gradient and normalized):
-        routing = PositionRouting(
-            inputs, weight, logits, mask, capsule_mask, k, iterations, softmax_over, padding,
-            update, normalize_agreement, inner, final, temperature, eps, power,
-        )  # fmt: skip
+    if by_position or (full_gradient and weight is not None and options.normalize):
+        routing = PositionRouting(inputs, weight, logits, mask, capsule_mask, k, options)
         if full_gradient:
             grads = routing.full_backward(grad, needs)
         else:
@@ -534,17 +514,12 @@ def dynamic_routing_backward(
         places = 2 * iterations - 1
         coefficients = coupling.new_empty(batch, places, k, length)
         pooled = pooled.new_empty(batch, places, k, inputs.shape[-1])
-        _route(
-            inputs, weight, logits, mask, capsule_mask, None, coefficients, pooled, iterations,
-            softmax_over, padding, update, normalize_agreement, inner, final, temperature, eps,
-            power,
-        )  # fmt: skip
+        _route(inputs, weight, logits, mask, capsule_mask, None, coefficients, pooled, options)
         grads = full_gradient_of(
-            grad, inputs, weight, logits, mask, coefficients, pooled, softmax_over, padding, update,
-            normalize_agreement, inner, final, temperature, eps, power, needs,
-        )  # fmt: skip
+            grad, inputs, weight, logits, mask, coefficients, pooled, options, needs
+        )
     else:
-        grads = _last_gradient_of(grad, inputs, weight, coupling, pooled, final, eps, power, needs)
+        grads = _last_gradient_of(grad, inputs, weight, coupling, pooled, options, needs)
     return tuple(inputs.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -554,9 +529,7 @@ def _last_gradient_of(
     weight: Tensor | None,
     coupling: Tensor,
     pooled: Tensor,
-    final_squash: int,
-    eps: float,
-    power: float,
+    options: RoutingOptions,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None, None]:
     coupling, pooled = coupling.contiguous(), pooled.contiguous()
@@ -577,13 +550,13 @@ def _last_gradient_of(
         length,
         *grad.stride(),
         *strides_of(weight, 3),
-        eps,
-        power,
+        options.eps,
+        options.power,
         **votes_of(inputs, weight),
         K=k,
         D_IN=d_in,
         D=d,
-        FINAL=final_squash,
+        FINAL=options.final_squash,
         **tiles_of(k, length, d_in, weight, True),
     )
     weight_grad = None

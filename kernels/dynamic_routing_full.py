@@ -29,6 +29,7 @@ from ._routing import (
     LOWEST,
     SHORTEST_VOTE,
     ZERO_AFTER,
+    RoutingOptions,
     largest_over_inputs,
     load_inputs,
     load_inverse_norms,
@@ -56,6 +57,42 @@ def _products_with_inputs(vectors, x, OWN_VOTES: tl.constexpr, STORAGE: tl.const
     else:
         products = product(vectors, tl.trans(x), STORAGE)
     return products
+
+
+@triton.jit
+def _sums_and_gradient(
+    total,
+    back_grad,
+    grad,
+    weight,
+    start,
+    grad_stride_d,
+    weight_stride_k,
+    weight_stride_i,
+    weight_stride_d,
+    AGAIN: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    K: tl.constexpr,
+    D_IN: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+):
+    """Elements ``start ..`` of the capsules before the squash, and of the gradient after it."""
+    sums = times_weight(
+        total, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
+        WEIGHT, K, D_IN, D, D_TILE,
+    )  # fmt: skip
+    if AGAIN:
+        after = times_weight(
+            back_grad, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
+            WEIGHT, K, D_IN, D, D_TILE,
+        )  # fmt: skip
+    else:
+        k = tl.arange(0, total.shape[0])[:, None]
+        d = start + tl.arange(0, D_TILE)[None, :]
+        after = tl.load(grad + d * grad_stride_d, mask=(k < K) & (d < D), other=0.0)
+        after = after.to(tl.float32)
+    return sums, after
 
 
 @triton.jit(do_not_specialize=["length", "iterations"])
@@ -141,19 +178,10 @@ def _walk_back_kernel(
             norm2 = tl.zeros([K_TILE, 1], tl.float32)
             dot = tl.zeros([K_TILE, 1], tl.float32)
             for start in range(0, D, D_TILE):
-                d = start + tl.arange(0, D_TILE)[None, :]
-                c = times_weight(
-                    total, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
-                    WEIGHT, K, D_IN, D, D_TILE,
+                c, g = _sums_and_gradient(
+                    total, back_grad, grad, weight, start, grad_stride_d, weight_stride_k,
+                    weight_stride_i, weight_stride_d, AGAIN, WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
-                if AGAIN:
-                    g = times_weight(
-                        back_grad, weight, start, weight_stride_k, weight_stride_i,
-                        weight_stride_d, WEIGHT, K, D_IN, D, D_TILE,
-                    )  # fmt: skip
-                else:
-                    g = tl.load(grad + d * grad_stride_d, mask=(k < K) & (d < D), other=0.0)
-                    g = g.to(tl.float32)
                 norm2 += tl.sum(c * c, 1, keep_dims=True)
                 dot += tl.sum(c * g, 1, keep_dims=True)
             factor, radial = squash_factor(norm2, INNER if AGAIN else FINAL, eps, power)
@@ -163,15 +191,11 @@ def _walk_back_kernel(
             for start in range(0, D, D_TILE):
                 d = start + tl.arange(0, D_TILE)[None, :]
                 here = (k < K) & (d < D)
-                c = times_weight(
-                    total, weight, start, weight_stride_k, weight_stride_i, weight_stride_d,
-                    WEIGHT, K, D_IN, D, D_TILE,
+                c, g = _sums_and_gradient(
+                    total, back_grad, grad, weight, start, grad_stride_d, weight_stride_k,
+                    weight_stride_i, weight_stride_d, AGAIN, WEIGHT, K, D_IN, D, D_TILE,
                 )  # fmt: skip
                 if AGAIN:
-                    g = times_weight(
-                        back_grad, weight, start, weight_stride_k, weight_stride_i,
-                        weight_stride_d, WEIGHT, K, D_IN, D, D_TILE,
-                    )  # fmt: skip
                     capsule = factor * c
                     back += times_weight_transposed(
                         capsule, weight, start, weight_stride_k, weight_stride_i,
@@ -179,8 +203,6 @@ def _walk_back_kernel(
                     )  # fmt: skip
                     if vectors is not None:
                         tl.store(vectors + iterations * K * D + d, capsule, mask=here)
-                else:
-                    g = tl.load(grad + d * grad_stride_d, mask=here, other=0.0).to(tl.float32)
                 g = factor * g + slope * c
                 if vectors is not None:
                     tl.store(vectors + d, g, mask=here)
@@ -346,15 +368,7 @@ def full_gradient_of(
     mask: Tensor | None,
     coefficients: Tensor,
     pooled: Tensor,
-    softmax_over: int,
-    padding: int,
-    update: int,
-    normalize_agreement: bool,
-    inner_squash: int,
-    final_squash: int,
-    temperature: float,
-    eps: float,
-    power: float,
+    options: RoutingOptions,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of inputs, weight and logits from the trace of the forward pass.
@@ -364,8 +378,6 @@ def full_gradient_of(
     """
     batch, places, k, length = coefficients.shape
     d_in, d = pooled.shape[-1], grad.shape[-1]
-    iterations = (places + 1) // 2
-    normalize = normalize_agreement and iterations > 1
     wants_weight = weight is not None and bool(needs & 2)
     wants_logits = logits is not None and bool(needs & 4)
     vectors = pooled.new_empty(batch, places, k, d) if wants_weight else None
@@ -387,24 +399,17 @@ def full_gradient_of(
         torch.empty_like(logit_grad),
         logit_grad,
         length,
-        iterations,
+        options.iterations,
         *grad.stride(),
         *by_capsule.stride(),
         *strides_of(weight, 3),
         *mask_strides(mask),
-        1 / temperature,
-        eps,
-        power,
+        *options.numbers(),
         **kind,
         K=k,
         D_IN=d_in,
         D=d,
-        AXIS=softmax_over,
-        PADDING=padding,
-        UPDATE=update,
-        NORMALIZE=normalize,
-        INNER=inner_squash,
-        FINAL=final_squash,
+        **options.constants(),
         WANTS_LOGITS=wants_logits,
         **tiles_of(k, length, d_in, weight, kind["OWN_VOTES"]),
     )
@@ -421,12 +426,12 @@ def full_gradient_of(
             coefficients,
             seen,
             length,
-            iterations,
+            options.iterations,
             *by_capsule.stride(),
             OWN_VOTES=kind["OWN_VOTES"],
             K=k,
             D_IN=d_in,
-            NORMALIZE=normalize,
+            NORMALIZE=options.normalize,
             L_TILE=l_tile,
             I_TILE=i_tile,
             TERMS=_TILE_TERMS,

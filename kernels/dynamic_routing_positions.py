@@ -33,6 +33,7 @@ from ._routing import (
     PADDING_LOGIT,
     SHORTEST_VOTE,
     ZERO_AFTER,
+    RoutingOptions,
     inverse_norms_of,
     largest_over_inputs,
     load_logits,
@@ -554,16 +555,7 @@ class PositionRouting:
         mask: Tensor | None,
         capsule_mask: Tensor | None,
         num_capsules: int,
-        iterations: int,
-        softmax_over: int,
-        padding: int,
-        update: int,
-        normalize_agreement: bool,
-        inner_squash: int,
-        final_squash: int,
-        temperature: float,
-        eps: float,
-        power: float,
+        options: RoutingOptions,
     ) -> None:
         self.inputs, self.logits, self.mask, self.capsule_mask = inputs, logits, mask, capsule_mask
         self.batch, self.length, self.d_in = inputs.shape
@@ -572,12 +564,9 @@ class PositionRouting:
         if weight.dim() == 3:
             weight = weight[None]
         self.weight = weight.expand(self.length, self.k, self.d_in, self.d)
-        self.iterations, self.axis, self.padding = iterations, softmax_over, padding
-        self.update = update
-        self.inner, self.final, self.eps, self.power = inner_squash, final_squash, eps, power
-        self.inverse_temperature = 1 / temperature
+        self.options = options
         self.norms = None
-        if normalize_agreement and iterations > 1:
+        if options.normalize:
             by_position = inverse_norms_of(inputs.transpose(0, 1), self.weight)
             self.norms = by_position.permute(2, 1, 0)
         self.strides = (*inputs.stride(), *self.weight.stride())
@@ -589,7 +578,8 @@ class PositionRouting:
         k_tile = padded(self.k)
         self.tile = {"K_TILE": k_tile, "L_TILE": min(padded(self.length), max(16, 1024 // k_tile))}
         over_capsules = triton.cdiv(self.length, self.tile["L_TILE"])
-        self.softmax_grid = (self.batch, over_capsules if softmax_over == CAPSULES.value else 1)
+        at_once = options.softmax_over == CAPSULES.value
+        self.softmax_grid = (self.batch, over_capsules if at_once else 1)
 
     def _empty(self, *shape: int) -> Tensor:
         return self.inputs.new_empty(shape, dtype=torch.float32)
@@ -683,10 +673,10 @@ class PositionRouting:
             *strides_of(prior, 3),
             *mask_strides(self.mask),
             *strides_of(self.capsule_mask, 2),
-            self.inverse_temperature,
+            self.options.inverse_temperature,
             K=self.k,
-            AXIS=self.axis,
-            PADDING=self.padding,
+            AXIS=self.options.softmax_over,
+            PADDING=self.options.padding,
             **self.tile,
             num_warps=4,
         )
@@ -705,8 +695,8 @@ class PositionRouting:
             out,
             self.batch * self.k,
             parts.shape[0],
-            self.eps,
-            self.power,
+            self.options.eps,
+            self.options.power,
             D=self.d,
             FORM=form,
             BACKWARD=backward,
@@ -725,12 +715,12 @@ class PositionRouting:
         out: Tensor | None,
     ) -> None:
         """All iterations; what they leave behind comes in a list with a place for each."""
+        options, logits = self.options, None
         prior, agreement = self.logits, None
-        logits = (
-            self._per_vote() if self.update == ACCUMULATE.value and self.iterations > 1 else None
-        )
-        for step in range(self.iterations):
-            is_last = step + 1 == self.iterations
+        if options.update == ACCUMULATE.value and options.iterations > 1:
+            logits = self._per_vote()
+        for step in range(options.iterations):
+            is_last = step + 1 == options.iterations
             self._softmax(
                 prior,
                 agreement,
@@ -741,18 +731,18 @@ class PositionRouting:
             parts = self._weighted_sums(couplings[step])
             if is_last:
                 to = self._per_capsule() if out is None else out
-                self._capsules(parts, sums[step], to, self.final)
+                self._capsules(parts, sums[step], to, options.final_squash)
                 return
-            self._capsules(parts, sums[step], capsules[step], self.inner)
+            self._capsules(parts, sums[step], capsules[step], options.inner_squash)
             agreement = agreements[step]
             self._agreement(capsules[step], agreement, self.norms)
-            prior = couplings[step] if self.update == COUPLING.value else logits
+            prior = couplings[step] if options.update == COUPLING.value else logits
 
     def forward(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
         """Capsules, the last coupling and the last sums."""
         coupling, sums = self._per_vote(), self._per_capsule()
         out = torch.empty_like(sums, dtype=dtype or self.inputs.dtype)
-        steps = self.iterations
+        steps = self.options.iterations
         self._iterate(
             [coupling] * steps,
             None,
@@ -768,7 +758,9 @@ class PositionRouting:
     ) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of inputs and weight through the last sums."""
         sum_grad = self._per_capsule()
-        self._capsules(grad.contiguous()[None], sums, sum_grad, self.final, backward=True)
+        self._capsules(
+            grad.contiguous()[None], sums, sum_grad, self.options.final_squash, backward=True
+        )
         inputs_grad, weight_grad = self._gradients(coupling[None], sum_grad[None], None, needs)
         return inputs_grad, weight_grad, None
 
@@ -776,12 +768,13 @@ class PositionRouting:
         self, grad: Tensor, needs: int
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of inputs, weight and logits through all iterations, which run again."""
-        steps, terms = self.iterations, 2 * self.iterations - 1
+        options = self.options
+        steps, terms = options.iterations, 2 * options.iterations - 1
         wants_logits = self.logits is not None and bool(needs & 4)
         coefficients, vectors = self._per_vote(terms), self._per_capsule(terms)
         sums = self._per_capsule(steps)
-        over_inputs = self.axis != CAPSULES.value
-        masks = over_inputs and self.padding == ZERO_AFTER.value and self.mask is not None
+        over_inputs = options.softmax_over != CAPSULES.value
+        masks = over_inputs and options.padding == ZERO_AFTER.value and self.mask is not None
         softmaxes = self._per_vote(steps) if masks else coefficients[:steps]
         agreements = self._per_vote(max(1, steps - 1) if self.norms is not None else 1)
         agreements = agreements.expand(steps, -1, -1, -1) if len(agreements) == 1 else agreements
@@ -796,7 +789,11 @@ class PositionRouting:
         radial = None if self.norms is None else torch.zeros_like(coefficients[0])
         coupling_grad, logit_grad = self._per_vote(), self._per_vote()
         self._capsules(
-            grad.contiguous()[None], sums[-1], vectors[steps - 1], self.final, backward=True
+            grad.contiguous()[None],
+            sums[-1],
+            vectors[steps - 1],
+            options.final_squash,
+            backward=True,
         )
         for step in range(steps - 1, -1 if wants_logits else 0, -1):
             self._agreement(vectors[step], coupling_grad, None)
@@ -814,18 +811,24 @@ class PositionRouting:
                 self.length,
                 *mask_strides(self.mask),
                 *self._norm_strides(),
-                self.inverse_temperature,
+                options.inverse_temperature,
                 K=self.k,
-                AXIS=self.axis,
-                PADDING=self.padding,
-                UPDATE=self.update,
+                AXIS=options.softmax_over,
+                PADDING=options.padding,
+                UPDATE=options.update,
                 AGAIN=step + 1 < steps,
                 **self.tile,
                 num_warps=4,
             )
             if step:
                 parts = self._weighted_sums(coefficients[steps + step - 1])
-                self._capsules(parts, sums[step - 1], vectors[step - 1], self.inner, backward=True)
+                self._capsules(
+                    parts,
+                    sums[step - 1],
+                    vectors[step - 1],
+                    options.inner_squash,
+                    backward=True,
+                )
         inputs_grad, weight_grad = self._gradients(coefficients, vectors, radial, needs)
         logits_grad = None
         if wants_logits:
