@@ -32,7 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 from mimnet_fast import info as installation
 from mimnet_fast.backends import BackendUnavailable
 from mimnet_fast.cdr import demo as demonstration
-from mimnet_fast.cdr import inspection, ranking_experiment, reports, results
+from mimnet_fast.cdr import inspection, reports, results
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.cleaning import Duplicates
 from mimnet_fast.cdr.config import Base, Config, Mapping
@@ -41,22 +41,24 @@ from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.diagnostics import warning
 from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.experiment import RATING, run
 from mimnet_fast.cdr.export import ExportFormat
 from mimnet_fast.cdr.export import export as export_program
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.implicit import Objective, Protocol
-from mimnet_fast.cdr.models import ABLATIONS, MODELS
+from mimnet_fast.cdr.models import ABLATIONS, MODELS, ModelSpec
 from mimnet_fast.cdr.packing import MODEL, pack
 from mimnet_fast.cdr.protocol import HistoryOrder
-from mimnet_fast.cdr.ranking_experiment import RANKED, Ranking, rank
+from mimnet_fast.cdr.ranking_experiment import Ranking
 from mimnet_fast.cdr.readers import Format, OnError
 from mimnet_fast.cdr.serving import Kernels, Recommender
 from mimnet_fast.cdr.studies import SWEPT, sweep_variants
 from mimnet_fast.cdr.synthetic import Synthetic
+from mimnet_fast.cdr.tasks import Task
 
 CategoryName = Literal["Movies_and_TV", "CDs_and_Vinyl", "Books", "all"]
 Backend = Literal["auto", "native", "triton", "reference"]
+TaskName = Literal["ratings", "ranking"]
 Ablated = Literal["mimnet", "mimnet-released"]
 ModelName = Literal[
     "mimnet", "mimnet-released", "ptupcdr", "remit", "emcdr", "sscdr", "lacdr", "cmf", "tgt", "all"
@@ -87,9 +89,9 @@ BackendOption = Annotated[Backend, typer.Option(help="Which kernels compute MIMN
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a run of mimnet, or its file.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="Folder made by `prepare`.")]
 Out = Annotated[Path, typer.Option(help="Folder of all runs and tables.")]
-Betas = Annotated[list[float], typer.Option(help="Shares of shared users to test on.")]
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds: --seed and those after it.")]
-FirstSeed = Annotated[int, typer.Option(help="First seed: decides the split and all random.")]
+Betas = Annotated[
+    list[float], typer.Option(help="Shares of shared users to test on; not with leave-last-out.")
+]
 Swept = Annotated[list[int], typer.Option(help="Values, or the one for all runs.")]
 SweptShares = Annotated[
     list[float], typer.Option(help="The same: shares of the training users of both domains.")
@@ -99,49 +101,133 @@ Resume = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Decides the split and everything random.")]
 
-_SETTINGS: dict[str, Any] = {
-    "history_order": Annotated[
-        HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
-    ],
-    "history_length": Annotated[int, typer.Option(help="Liked source items per user, the last.")],
-    "overlap": Annotated[
-        float, typer.Option(help="Share of the training users who are known in both domains.")
-    ],
-    "base": Annotated[Base, typer.Option(help="Base models: as published, or on top of biases.")],
-    "epochs": Annotated[int, typer.Option(help="Epochs of stage 2.")],
-    "batch_size": Annotated[int, typer.Option(help="Batch of stage 2.")],
-    "base_epochs": Annotated[int, typer.Option(help="Epochs of stage 1.")],
-    "base_batch_size": Annotated[int, typer.Option(help="Batch of stage 1.")],
-    "learning_rate": Annotated[float, typer.Option(help="Of Adam.")],
-    "features": Annotated[int, typer.Option(help="Width of embeddings.")],
-    "hidden": Annotated[int, typer.Option(help="Width of meta networks.")],
-    "mapping": Annotated[
-        Mapping, typer.Option(help="Of users in EMCDR and SSCDR: one matrix, or an MLP.")
-    ],
-    "interests": Annotated[int, typer.Option(help="Interests per user.")],
-    "iterations": Annotated[int, typer.Option(help="Routing passes.")],
-    "prototypes": Annotated[int, typer.Option(help="Clusters of target items.")],
-    "backend": BackendOption,
+_Options = dict[str, tuple[Any, Any]]
+"""By name: how an option is declared, and its default."""
+
+_RUN: _Options = {
+    "seed": (Seed, Config.seed),
+    "resume": (Resume, False),
+    "as_json": (AsJson, False),
 }
-"""Options of every command that trains: fields of `Config` with its defaults."""
+"""Of a single run."""
+
+_GRID: _Options = {
+    "betas": (Betas, [Config.beta]),
+    "seeds": (
+        Annotated[int, typer.Option(min=1, help="How many seeds: --seed and those after it.")],
+        5,
+    ),
+    **_RUN,
+}
+"""Of every command that runs a grid."""
+
+_RANKING: _Options = {
+    "objective": (
+        Annotated[
+            Objective | None,
+            typer.Option(help="Ranking: loss of both stages.", show_default=Ranking.objective),
+        ],
+        None,
+    ),
+    "protocol": (
+        Annotated[
+            Protocol | None,
+            typer.Option(
+                help="Ranking: test on cold-start users, or on the last positive of each user.",
+                show_default=Ranking.protocol,
+            ),
+        ],
+        None,
+    ),
+    "negatives": (
+        Annotated[
+            int | None,
+            typer.Option(
+                help="Ranking: unseen items drawn for each positive.",
+                show_default=str(Ranking.negatives),
+            ),
+        ],
+        None,
+    ),
+    "cutoffs": (
+        Annotated[
+            list[int] | None,
+            typer.Option(
+                "--k",
+                help="Ranking: cutoffs of HR@k and NDCG@k.",
+                show_default=" ".join(map(str, Ranking.cutoffs)),
+            ),
+        ],
+        None,
+    ),
+}
+"""Fields of `Ranking`; None where they are not given."""
+
+_TASK: _Options = {
+    "task": (
+        Annotated[
+            TaskName, typer.Option(help="Predict ratings, or rank all items by implicit feedback.")
+        ],
+        "ratings",
+    ),
+    **_RANKING,
+}
+"""What models are trained for."""
+
+_SETTINGS: _Options = {
+    name: (annotation, getattr(Config, name))
+    for name, annotation in {
+        "history_order": Annotated[
+            HistoryOrder, typer.Option(help="What is recent: file order or timestamps.")
+        ],
+        "history_length": Annotated[
+            int, typer.Option(help="Liked source items per user, the last.")
+        ],
+        "overlap": Annotated[
+            float, typer.Option(help="Share of the training users who are known in both domains.")
+        ],
+        "base": Annotated[
+            Base,
+            typer.Option(
+                help="Base models. mf: matrix factorization without biases, as published; gmf: "
+                "with a weight for each feature; dnn: with a layer for users; biased-mf: of what "
+                "biases leave, with counts and means of ratings as further inputs of MIMNet. Every "
+                "model takes each, but nothing is ranked on biased-mf.",
+            ),
+        ],
+        "epochs": Annotated[int, typer.Option(help="Epochs of stage 2.")],
+        "batch_size": Annotated[int, typer.Option(help="Batch of stage 2.")],
+        "base_epochs": Annotated[int, typer.Option(help="Epochs of stage 1.")],
+        "base_batch_size": Annotated[int, typer.Option(help="Batch of stage 1.")],
+        "learning_rate": Annotated[float, typer.Option(help="Of Adam.")],
+        "features": Annotated[int, typer.Option(help="Width of embeddings.")],
+        "hidden": Annotated[int, typer.Option(help="Width of meta networks.")],
+        "mapping": Annotated[
+            Mapping, typer.Option(help="Of users in EMCDR and SSCDR: one matrix, or an MLP.")
+        ],
+        "interests": Annotated[int, typer.Option(help="Interests per user.")],
+        "iterations": Annotated[int, typer.Option(help="Routing passes.")],
+        "prototypes": Annotated[int, typer.Option(help="Clusters of target items.")],
+        "backend": BackendOption,
+    }.items()
+}
+"""Of every command that trains: fields of `Config` with its defaults."""
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
-def _with_settings(*, but: Collection[str] = ()) -> Callable[[_Command], _Command]:
-    """Give a command the options in `_SETTINGS` in place of its ``**settings``."""
+def _with(*groups: _Options, but: Collection[str] = ()) -> Callable[[_Command], _Command]:
+    """Give a command the options of ``groups`` in place of its ``**options``."""
 
     def add(command: _Command) -> _Command:
         signature = inspect.signature(command, eval_str=True)
         *parameters, _ = signature.parameters.values()
         parameters += [
             inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=getattr(Config, name),
-                annotation=annotation,
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
-            for name, annotation in _SETTINGS.items()
+            for group in groups
+            for name, (annotation, default) in group.items()
             if name not in but
         ]
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -149,6 +235,34 @@ def _with_settings(*, but: Collection[str] = ()) -> Callable[[_Command], _Comman
         return command
 
     return add
+
+
+def _config(options: dict[str, Any], **others: Any) -> Config:
+    """The settings among the options, which are gone afterwards, and others."""
+    names = {*_SETTINGS, "seed"} & options.keys()
+    return Config(**{name: options.pop(name) for name in names}, **others)
+
+
+def _task(options: dict[str, Any]) -> Task:
+    """What the options of `_TASK`, which are gone afterwards, describe."""
+    chosen, ranking = options.pop("task"), {name: options.pop(name) for name in _RANKING}
+    given = {name: value for name, value in ranking.items() if value not in (None, [])}
+    if chosen == "ranking":
+        return Ranking(**given)
+    for name, value in given.items():
+        raise UserError(f"{name}: got {value}, but ratings are predicted: add --task ranking")
+    return RATING
+
+
+def _chosen(
+    what: str, names: list[str], known: dict[str, ModelSpec], task: Task, config: Config
+) -> tuple[Variant, ...]:
+    """The models by these names; by ``all`` those that can take part."""
+    if names == ["all"]:
+        names = [name for name in known if task.refusal(name, config) is None]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{what}: got {unknown[0]!r}, need some of {', '.join(known)}, or all")
+    return tuple(Variant(name, known[name].title, name) for name in names)
 
 
 class _ListOptions(TyperCommand):
@@ -268,76 +382,42 @@ def amazon(
         print(f"{each.path}: {state}, SHA-256 {each.sha256} ({each.check})")
 
 
-@app.command()
-@_with_settings()
+@app.command(cls=_ListOptions)
+@_with(_RUN, _TASK, _SETTINGS)
 def train(
     dataset: DatasetFolder,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    model: Annotated[ModelName, typer.Option(help="Trivial predictors always join in.")] = "mimnet",
-    beta: Annotated[float, typer.Option(help="Share of shared users to test on.")] = Config.beta,
-    seed: Seed = Config.seed,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    **settings: Any,
+    model: Annotated[
+        ModelName, typer.Option(help="Predictors without training always join in.")
+    ] = "mimnet",
+    beta: Annotated[
+        float, typer.Option(help="Share of shared users to test on; not with leave-last-out.")
+    ] = Config.beta,
+    **options: Any,
 ) -> None:
-    """Train models on a dataset and measure them on cold-start users."""
-    _check_new(out, resume)
-    config = Config(beta=beta, seed=seed, **settings)
-    names = list(MODELS) if model == "all" else [model]
+    """Train models on a dataset and measure them.
+
+    They predict ratings by cold-start users, or, with --task ranking, rank all items by implicit
+    feedback: ratings above 3 are positives, or all ratings of a domain that has none above 3.
+    """
+    task, config = _task(options), _config(options, beta=beta)
+    _check_new(out, options["resume"])
+    variants = _chosen("model", [model], MODELS, task, config)
     data = Dataset.load(dataset)
     with _progress() as progress:
-        found = run(data, config, names, out, progress)
-    recommender = pack(dataset, out) if MODEL in names else None
+        found = run(data, config, [each.name for each in variants], out, progress, task=task)
+    recommender = pack(dataset, out) if task == RATING and MODEL in found["models"] else None
     for each in found["models"].values():
         if "diagnostics" in each and (told := warning(each["title"], each["diagnostics"])):
             _messages.print(f"warning: {told}", style="yellow", markup=False, soft_wrap=True)
-    if as_json:
+    if options["as_json"]:
         print(json.dumps(found, indent=2))
         return
-    Console().print(results.table(found, f"Cold-start users, beta {beta}, seed {seed}"))
+    for table in results.tables(found):
+        Console().print(table)
     print(f"results in {out / 'results.md'} and {out / 'results.json'}")
     if recommender:
         print(f"for mimnet-fast recommend: {recommender}")
-
-
-@app.command("rank", cls=_ListOptions)
-@_with_settings(but=["overlap"])
-def rank_items(
-    dataset: DatasetFolder,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
-    model: Annotated[ModelName, typer.Option(help="Popularity and chance join in.")] = "mimnet",
-    objective: Annotated[Objective, typer.Option(help="Loss of both stages.")] = Ranking.objective,
-    protocol: Annotated[
-        Protocol,
-        typer.Option(help="Test on cold-start users, or on the last positive of each user."),
-    ] = Ranking.protocol,
-    negatives: Annotated[
-        int, typer.Option(help="Unseen items drawn for each positive.")
-    ] = Ranking.negatives,
-    k: Annotated[list[int], typer.Option(help="Cutoffs of HR@k and NDCG@k.")] = [*Ranking.cutoffs],  # noqa: B006
-    beta: Annotated[float, typer.Option(help="Share of test users, if cold.")] = Config.beta,
-    seed: Seed = Config.seed,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    **settings: Any,
-) -> None:
-    """Train models to rank by implicit feedback and measure them among all items.
-
-    Ratings above 3 are positives, or all ratings of a domain that has none above 3.
-    """
-    _check_new(out, resume)
-    config = Config(beta=beta, seed=seed, **settings)
-    task = Ranking(objective, protocol, negatives, tuple(k))
-    names = list(RANKED) if model == "all" else [model]
-    data = Dataset.load(dataset)
-    with _progress() as progress:
-        found = rank(data, config, task, names, out, progress)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    for table in ranking_experiment.tables(found):
-        Console().print(table)
-    print(f"results in {out / 'results.md'} and {out / 'results.json'}")
 
 
 @app.command(cls=_ListOptions)
@@ -414,34 +494,28 @@ def inspect_user(
 
 
 @app.command(cls=_ListOptions)
-@_with_settings()
+@_with(_GRID, _TASK, _SETTINGS, but=["betas"])
 def compare(
     dataset: DatasetFolder,
     out: Out,
     models: Annotated[
-        list[str], typer.Option(help=f"Of {', '.join(MODELS)}; all.", show_default="all")
+        list[str],
+        typer.Option(help=f"Of {', '.join(MODELS)}; all that the task takes.", show_default="all"),
     ] = ["all"],  # noqa: B006
     betas: Betas = [0.2, 0.5, 0.8],  # noqa: B006
-    seeds: Seeds = 5,
-    seed: FirstSeed = Config.seed,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Train models at several betas and seeds and compare them.
 
     compare.{md,csv,json} and a plot in --out are brought up to date after every trained model.
     """
-    names = list(MODELS) if models == ["all"] else models
-    if unknown := [name for name in names if name not in MODELS]:
-        raise UserError(f"models: got {unknown[0]!r}, need some of {', '.join(MODELS)}, or all")
-    variants = tuple(Variant(name, MODELS[name].title, name) for name in names)
-    plan = Plan("compare", variants, tuple(betas), tuple(range(seed, seed + seeds)))
-    _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
+    task, config = _task(options), _config(options)
+    variants = _chosen("models", models, MODELS, task, config)
+    _run_grid("compare", variants, dataset, out, task, config, betas=betas, **options)
 
 
 @app.command(cls=_ListOptions)
-@_with_settings(but=SWEPT)
+@_with(_GRID, _TASK, _SETTINGS, but=SWEPT)
 def sweep(
     dataset: DatasetFolder,
     out: Out,
@@ -453,12 +527,7 @@ def sweep(
     full: Annotated[
         bool, typer.Option("--full", help="All combinations, not one setting at a time.")
     ] = False,
-    betas: Betas = [Config.beta],  # noqa: B006
-    seeds: Seeds = 5,
-    seed: FirstSeed = Config.seed,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Train MIMNet at other sizes: interests, routing passes, prototypes, history, overlap.
 
@@ -473,33 +542,28 @@ def sweep(
     }
     values = {name: listed for name, listed in given.items() if len(listed) > 1}
     variants = sweep_variants(centre, values, full=full)
-    plan = Plan("sweep", variants, tuple(betas), tuple(range(seed, seed + seeds)), swept=(*values,))
-    _run_grid(dataset, Config(**centre, **settings), plan, out, resume, as_json)
+    task, config = _task(options), _config(options, **centre)
+    _run_grid("sweep", variants, dataset, out, task, config, swept=(*values,), **options)
 
 
 @app.command(cls=_ListOptions)
-@_with_settings()
+@_with(_GRID, _SETTINGS)
 def ablate(
     dataset: DatasetFolder,
     out: Out,
     model: Annotated[Ablated, typer.Option(help="Whose parts; the public code's are quirks.")] = (
         "mimnet"
     ),
-    betas: Betas = [Config.beta],  # noqa: B006
-    seeds: Seeds = 5,
-    seed: FirstSeed = Config.seed,
-    resume: Resume = False,
-    as_json: AsJson = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Train MIMNet and MIMNet without each of its parts, or its public code without its quirks.
 
     ablate.{md,csv,json} and a plot in --out are brought up to date after every trained model.
     """
+    config = _config(options)
     specs = {model: MODELS[model], **ABLATIONS[model]}
-    variants = tuple(Variant(name, spec.title, name) for name, spec in specs.items())
-    plan = Plan("ablate", variants, tuple(betas), tuple(range(seed, seed + seeds)), reference=model)
-    _run_grid(dataset, Config(**settings), plan, out, resume, as_json)
+    variants = _chosen("parts", ["all"], specs, RATING, config)
+    _run_grid("ablate", variants, dataset, out, RATING, config, reference=model, **options)
 
 
 @app.command()
@@ -534,8 +598,22 @@ def _check_new(out: Path, resume: bool) -> None:
 
 
 def _run_grid(
-    dataset: Path, config: Config, plan: Plan, out: Path, resume: bool, as_json: bool
+    table: str,
+    variants: tuple[Variant, ...],
+    dataset: Path,
+    out: Path,
+    task: Task,
+    config: Config,
+    *,
+    betas: list[float],
+    seeds: int,
+    resume: bool,
+    as_json: bool,
+    **others: Any,
 ) -> None:
+    shares = tuple(betas) if task.cold else ()
+    first = config.seed
+    plan = Plan(table, variants, shares, tuple(range(first, first + seeds)), task=task, **others)
     _check_new(out, resume)
     if not reports.PLOTS:
         _messages.print("no plots: pip install 'mimnet-fast[plots]'", markup=False)
@@ -545,10 +623,10 @@ def _run_grid(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    for table in reports.tables(found):
-        Console().print(table)
+    for shown in reports.tables(found):
+        Console().print(shown)
     print("\n".join(reports.legend(found)))
-    print(f"tables in {out / plan.table}.md, .csv and .json")
+    print(f"tables in {out / table}.md, .csv and .json")
 
 
 def _progress(*amount: ProgressColumn) -> Progress:

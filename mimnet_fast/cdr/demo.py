@@ -88,7 +88,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         f"reference: {found['largest_difference']:.1e}"
     )
     steps.caption_justify = "left"
-    return [results.table(found["results"], "Cold-start users of synthetic data"), steps]
+    shown = {**found["results"], "title": "cold-start users of synthetic data"}
+    return [*results.tables(shown), steps]
 
 
 def _compare_backends(stage1: BaseModels, progress: Progress) -> dict[str, Any]:

@@ -33,6 +33,28 @@ def errors(predicted: Tensor, actual: Tensor) -> Errors:
     return Errors(difference.abs().mean().item(), difference.square().mean().sqrt().item())
 
 
+def user_errors(predicted: Tensor, ratings: Ratings, users: int) -> dict[str, Tensor]:
+    """Each user's sum of absolute errors (``"mae"``) and of squared errors (``"rmse"``).
+
+    Args:
+        predicted: Predictions of all ``ratings``.
+        ratings: What was predicted, by users 0 to ``users - 1``.
+        users: O.
+
+    Returns:
+        float64 ``[O]`` each.
+
+    >>> ratings = Ratings(torch.tensor([1, 1, 0]), torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
+    >>> user_errors(torch.tensor([2.0, 4.0, 3.0]), ratings, 3)["mae"].tolist()
+    [0.0, 3.0, 0.0]
+    """
+    difference = predicted.double() - ratings.values.double()
+    return {
+        metric: torch.bincount(ratings.users, values, minlength=users)
+        for metric, values in (("mae", difference.abs()), ("rmse", difference.square()))
+    }
+
+
 class Evaluation(NamedTuple):
     """What was measured of a model, by name, and what it predicted."""
 

@@ -15,6 +15,7 @@ added later stand on the same base models.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,8 @@ from mimnet_fast.cdr.biases import residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.diagnostics import diagnose
-from mimnet_fast.cdr.evaluation import Evaluation, errors, evaluate
+from mimnet_fast.cdr.errors import require_same
+from mimnet_fast.cdr.evaluation import Errors, Evaluation, errors, evaluate, user_errors
 from mimnet_fast.cdr.models import (
     TRAINABLE,
     TRIVIAL,
@@ -44,7 +46,8 @@ from mimnet_fast.cdr.models import (
 )
 from mimnet_fast.cdr.models.matrix_factorization import BASES
 from mimnet_fast.cdr.profiles import profiles
-from mimnet_fast.cdr.protocol import Phase, keep_overlap, split
+from mimnet_fast.cdr.protocol import Phase, Split, keep_overlap, split
+from mimnet_fast.cdr.tasks import Task
 from mimnet_fast.cdr.training import (
     Epoch,
     Loss,
@@ -76,6 +79,27 @@ _BASE_SETTINGS = (
 )
 
 
+class Rating(Task):
+    """Prediction of the ratings of cold-start users."""
+
+    selections = results.SELECTIONS
+    title = "cold-start users"
+    cold = True
+    metrics = Errors._fields
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {}
+
+    def stage1(self, *args: Any) -> BaseModels:
+        """See `Task.stage1`."""
+        return BaseModels(*args)
+
+
+RATING = Rating()
+
+
 def run(
     dataset: Dataset,
     config: Config,
@@ -83,9 +107,9 @@ def run(
     folder: Path,
     progress: Progress,
     *,
-    base_folder: Path | None = None,
+    task: Task = RATING,
 ) -> dict[str, Any]:
-    """Train and measure ``models`` beside all trivial predictors.
+    """Train and measure ``models`` beside all predictors without training.
 
     Args:
         dataset: A prepared dataset.
@@ -93,30 +117,35 @@ def run(
         models: Names in `TRAINABLE`.
         folder: The run's folder, new or to be gone on with.
         progress: Where bars are drawn.
-        base_folder: Where the base models are kept, if not in ``folder`` too.
+        task: What is learned and measured.
 
     Returns:
         What `results.json` says, models of earlier calls on ``folder`` included.
 
     Raises:
-        UserError: settings that do not fit the data or what ``folder`` holds, or a diverging loss.
+        UserError: settings or models that do not fit the task, settings that do not fit the data or
+            what ``folder`` holds, or a diverging loss.
     """
-    stage1 = BaseModels(dataset, config, base_folder or folder, progress)
-    data = stage1.raw
+    names = list(models)
+    task.check(names, config)
+    return train_models(task.stage1(dataset, config, folder, progress), names, folder)
+
+
+def train_models(stage1: Stage1, models: Iterable[str], folder: Path) -> dict[str, Any]:
+    """The part of `run` that stands on base models, which may be kept in another folder."""
+    before = results.read(folder)
+    if before:
+        require_same(f"{folder} holds results", before.get("task", {}), stage1.task.settings)
     found: dict[str, Any] = {
-        name: {
-            "title": title,
-            **results.without_training(
-                errors(predict(data), data.final.evaluation.values)._asdict()
-            ),
-        }
-        for name, (title, predict) in TRIVIAL.items()
+        name: {"title": each.title, **results.without_training(each.scores)}
+        for name, each in stage1.untrained().items()
     }
-    found |= results.read(folder).get("models", {})
-    summary = {**results.header(dataset, config, stage1.split), "models": found}
+    found |= before.get("models", {})
+    header = results.header(stage1.dataset, stage1.config, stage1.split, stage1.task)
+    summary = {**header, "models": found}
     for name in models:
-        found[name] = {**train(name, stage1, folder), **_diagnostics(name, stage1, folder)}
-        results.write(folder, summary, results.page(summary))
+        found[name] = {**train(name, stage1, folder), **stage1.diagnostics(name, folder)}
+        results.write(folder, summary, results.page(summary, stage1.measured()))
     return summary
 
 
@@ -136,10 +165,20 @@ class Job(NamedTuple):
     evaluate: Callable[[], Evaluation]
 
 
-class Stage1:
+class Untrained(NamedTuple):
+    """What a predictor without training reaches on the test users."""
+
+    title: str
+    scores: dict[str, float]
+    totals: dict[str, Tensor]
+    """See `Stage1.user_totals`."""
+
+
+class Stage1(ABC):
     """What a run of any task stands on: its settings, and base models made when first asked for.
 
     Args:
+        task: What is learned and measured.
         dataset: A prepared dataset.
         config: All settings.
         folder: The run's folder.
@@ -151,8 +190,11 @@ class Stage1:
         best: ``min`` or ``max``: which value of a metric is best.
     """
 
+    split: results.Phases
+
     def __init__(
         self,
+        task: Task,
         dataset: Dataset,
         config: Config,
         folder: Path,
@@ -164,7 +206,8 @@ class Stage1:
         criterion: str,
         best: Callable[[list[float]], float],
     ) -> None:
-        self.dataset, self.config, self.folder, self.progress = dataset, config, folder, progress
+        self.task, self.dataset, self.config = task, dataset, config
+        self.folder, self.progress = folder, progress
         self.scale, self.criterion, self.best = scale, criterion, best
         self.schedule = Schedule(
             config.base_epochs, config.base_batch_size, config.learning_rate, weight_decay
@@ -176,13 +219,37 @@ class Stage1:
         }
         self._trained: dict[str, tuple[MatrixFactorization, list[Epoch]]] = {}
 
+    @abstractmethod
+    def source(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
+        """Source model of a phase and its curve."""
+
+    @abstractmethod
     def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
         """Target model of a phase and its curve on the phase's users."""
-        raise NotImplementedError
 
+    @abstractmethod
     def job(self, name: str, phase: PhaseName, generator: torch.Generator) -> Job:
         """How a model other than the base models is trained; ``generator`` draws all."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def measured(self) -> str:
+        """A sentence about what is measured."""
+
+    @abstractmethod
+    def untrained(self) -> dict[str, Untrained]:
+        """Predictors without training, by name."""
+
+    @abstractmethod
+    def user_totals(self, predicted: Tensor) -> dict[str, Tensor]:
+        """What each user of both domains adds to each metric of the test set, float64 ``[O]``.
+
+        Args:
+            predicted: What a checkpoint of the phase ``final`` keeps of an epoch.
+        """
+
+    def diagnostics(self, name: str, folder: Path) -> dict[str, Any]:
+        """What else `results.json` says of a trained model."""
+        return {}
 
     def curve(self, checkpoint: Path, epochs: list[Epoch]) -> list[Epoch]:
         """The epochs of a finished fit with all that is reported of them."""
@@ -254,10 +321,13 @@ class BaseModels(Stage1):
         progress: Where bars are drawn.
     """
 
+    split: Split
+
     def __init__(self, dataset: Dataset, config: Config, folder: Path, progress: Progress) -> None:
         self.biased = config.base == "biased-mf"
         scale, weight_decay = (BIASED_SCALE, BIASED_DECAY) if self.biased else (1.0, 0.0)
         super().__init__(
+            RATING,
             dataset,
             config,
             folder,
@@ -279,8 +349,8 @@ class BaseModels(Stage1):
         self.split = keep_overlap(whole, config.overlap, config.seed)
         self._frozen: dict[tuple[PhaseName, bool, bool, bool], FrozenInputs] = {}
 
-    def source(self) -> tuple[MatrixFactorization, list[Epoch]]:
-        """Source model and its curve, which is measured on its own training ratings."""
+    def source(self, phase: PhaseName = "final") -> tuple[MatrixFactorization, list[Epoch]]:
+        """Source model, the same in both phases; its curve is measured on its training ratings."""
         train = self.split.train_source
         users, items = self.dataset.num_source_users, self.dataset.num_source_items
         return self._rated("source", users, items, train, train, keep_predictions=False)
@@ -373,6 +443,38 @@ class BaseModels(Stage1):
             partial(evaluate, partial(model, inputs), data.evaluation),
         )
 
+    def measured(self) -> str:
+        """See `Stage1.measured`."""
+        test = self.split.final.evaluation
+        return (
+            f"{len(test)} ratings by {len(test.users.unique())} cold-start test users, of "
+            f"{self.dataset.num_overlap} users of both domains."
+        )
+
+    def untrained(self) -> dict[str, Untrained]:
+        """See `Stage1.untrained`."""
+        test, found = self.raw.final.evaluation, {}
+        for name, (title, predict) in TRIVIAL.items():
+            predicted = predict(self.raw)
+            scores = errors(predicted, test.values)._asdict()
+            totals = user_errors(predicted, test, self.dataset.num_overlap)
+            found[name] = Untrained(title, scores, totals)
+        return found
+
+    def user_totals(self, predicted: Tensor) -> dict[str, Tensor]:
+        """See `Stage1.user_totals`; the totals of errors."""
+        return user_errors(predicted, self.split.final.evaluation, self.dataset.num_overlap)
+
+    def diagnostics(self, name: str, folder: Path) -> dict[str, Any]:
+        """See `Stage1.diagnostics`: a MIMNet as it was kept, at the test users' ratings."""
+        build = TRAINABLE[name].build
+        model = build and seeded_module(partial(build, self.config), self.config.seed, name)
+        if not isinstance(model, MIMNet):
+            return {}
+        model.load_state_dict(checkpoints.load(folder / f"{name}.safetensors")[0])
+        inputs = self.frozen("final", model)
+        return {"diagnostics": diagnose(model, inputs, self.split.final.evaluation)}
+
 
 def _user_weights(phase: Phase, users: int) -> Tensor:
     """What an error of each user counts, so that a few who rate a lot do not decide alone.
@@ -437,14 +539,3 @@ def _train_phase(
         after_epoch=keep_chosen,
     )
     return stage1.curve(checkpoint, epochs)
-
-
-def _diagnostics(name: str, stage1: BaseModels, folder: Path) -> dict[str, Any]:
-    """Of a MIMNet as it was kept, at the test users' ratings; nothing of other models."""
-    build = TRAINABLE[name].build
-    model = build and seeded_module(partial(build, stage1.config), stage1.config.seed, name)
-    if not isinstance(model, MIMNet):
-        return {}
-    model.load_state_dict(checkpoints.load(folder / f"{name}.safetensors")[0])
-    inputs = stage1.frozen("final", model)
-    return {"diagnostics": diagnose(model, inputs, stage1.split.final.evaluation)}

@@ -3,7 +3,8 @@
 ::
 
     settings.json                 what all runs in the folder have in common
-    beta-B/seed-S/                the folder of a run (see `experiment`)
+    beta-B/seed-S/                the folder of a run (see `experiment`); all-users/seed-S/ where
+                                  all users are tested
     beta-B/seed-S/VARIANT/        the same for other settings of MIMNet; its base models are above
     .../costs.json                what training took there
     TABLE.{json,csv,md,png}       what was found so far (see `reports`)
@@ -28,15 +29,14 @@ from mimnet_fast.cdr import costs, reports, results
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
-from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.evaluation import Errors, errors
-from mimnet_fast.cdr.experiment import BaseModels, PhaseName, final_predictions, run
-from mimnet_fast.cdr.models import TRAINABLE, TRIVIAL
-from mimnet_fast.cdr.significance import Cell, Totals, summarize, user_totals
+from mimnet_fast.cdr.errors import UserError, require_same
+from mimnet_fast.cdr.experiment import RATING, PhaseName, Stage1, final_predictions, train_models
+from mimnet_fast.cdr.models import TRAINABLE
+from mimnet_fast.cdr.significance import Cell, Totals, summarize
+from mimnet_fast.cdr.tasks import Task
 
 _BASE_MODELS = "base models"
 _PHASES = get_args(PhaseName)
-_SCORES = [(selection, metric) for selection in results.SELECTIONS for metric in Errors._fields]
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,24 @@ class Plan:
     """Name of the table's files."""
     variants: tuple[Variant, ...]
     betas: tuple[float, ...]
+    """Shares of users to test on; none where the task tests all."""
     seeds: tuple[int, ...]
     reference: str = "mimnet"
     """The variant that the others are tested against, if it is among them."""
     swept: tuple[str, ...] = ()
     """Settings to draw curves over."""
+    task: Task = RATING
+    """What is learned and measured."""
 
     def __post_init__(self) -> None:
         names = tuple(variant.name for variant in self.variants)
-        for what, values in (("models", names), ("betas", self.betas), ("seeds", self.seeds)):
+        if self.betas and not self.task.cold:
+            listed = " ".join(map(str, self.betas))
+            raise UserError(
+                f"betas: got {listed}, but {self.task.title} tests all users: need none"
+            )
+        betas = self.betas if self.task.cold else (None,)
+        for what, values in (("models", names), ("betas", betas), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 listed = " ".join(map(str, values)) or "none"
                 raise UserError(f"{what}: got {listed}, need at least one and none twice")
@@ -95,19 +104,23 @@ def run_grid(
     Raises:
         UserError: settings that do not fit the data or what ``out`` holds, or a diverging loss.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("beta", "seed")}
-    _claim(out / "settings.json", {"dataset": dataset.fingerprint, **settings})
-    total = len(plan.seeds) * len(plan.betas) * len(plan.variants)
+    for variant in plan.variants:
+        plan.task.check([variant.model], replace(config, **variant.changes))
+    settings = {"dataset": dataset.fingerprint, **_common(config), **plan.task.settings}
+    _claim(out / "settings.json", settings)
+    betas = plan.betas or (config.beta,)
+    total = len(plan.seeds) * len(betas) * len(plan.variants)
     task = progress.add_task(f"{plan.table}: cells", total=total)
     cells: list[Cell] = []
     base_models: list[dict[str, Any]] = []
     finished = 0
     found: dict[str, Any] = {}
     for seed in plan.seeds:  # first, so that an unfinished table has every beta
-        for beta in plan.betas:
-            here = _Cells(dataset, replace(config, beta=beta, seed=seed), out, progress)
-            base_models.append({"beta": beta, "seed": seed, **here.train_base_models()})
-            cells += here.trivial()
+        for beta in betas:
+            cell_config = replace(config, beta=beta, seed=seed)
+            here = _Cells(plan.task, dataset, cell_config, out, progress)
+            base_models.append({"beta": here.beta, "seed": seed, **here.train_base_models()})
+            cells += here.untrained()
             for variant in plan.variants:
                 was_there = here.has(variant)
                 cells.append(here.measure(variant))
@@ -119,14 +132,15 @@ def run_grid(
                     "format": "mimnet_fast.grid",
                     "format_version": 1,
                     "table": plan.table,
+                    "title": plan.task.title,
                     "dataset": results.describe(dataset),
-                    "config": settings,
+                    "config": _common(here.stage1.config),
                     "reference": plan.reference,
                     "swept": plan.swept,
                     "seeds": plan.seeds,
                     "cells": total,
                     "finished_cells": finished,
-                    "selections": results.SELECTIONS,
+                    **results.scored(plan.task),
                     **results.environment(),
                     "base_models": base_models,
                     "rows": summarize(cells, plan.reference),
@@ -135,37 +149,53 @@ def run_grid(
     return found
 
 
+def _common(config: Config) -> dict[str, Any]:
+    """What is the same in all cells."""
+    return {name: value for name, value in asdict(config).items() if name not in ("beta", "seed")}
+
+
 class _Cells:
     """The cells of one beta and seed."""
 
-    def __init__(self, dataset: Dataset, config: Config, out: Path, progress: Progress) -> None:
-        self.dataset, self.config, self.progress = dataset, config, progress
-        self.folder = out / f"beta-{config.beta}" / f"seed-{config.seed}"
-        self.stage1 = BaseModels(dataset, config, self.folder, progress)
-        self.ratings = self.stage1.split.final.evaluation
+    def __init__(
+        self, task: Task, dataset: Dataset, config: Config, out: Path, progress: Progress
+    ) -> None:
+        self.task, self.dataset, self.config, self.progress = task, dataset, config, progress
+        self.beta = config.beta if task.cold else None
+        place = f"beta-{config.beta}" if task.cold else "all-users"
+        self.folder = out / place / f"seed-{config.seed}"
+        self.stage1 = self._stage1(config)
         self.tested = np.zeros(dataset.num_overlap, dtype=np.bool_)
-        self.tested[self.ratings.users] = True
+        self.tested[self.stage1.split.final.evaluation.users] = True
+
+    def _stage1(self, config: Config) -> Stage1:
+        return self.task.stage1(self.dataset, config, self.folder, self.progress)
 
     def train_base_models(self) -> dict[str, Any]:
         """Train what all models stand on, or find it trained; what it cost."""
-        new = not (self.folder / "source.safetensors").exists()
+        new = not any(self.folder.glob("**/source.safetensors"))
         with self._bars(), costs.measured(self.folder, _BASE_MODELS) if new else nullcontext():
-            self.stage1.source()
             for phase in _PHASES:
+                self.stage1.source(phase)
                 self.stage1.target(phase)
         return costs.read(self.folder).get(_BASE_MODELS, {})
 
-    def trivial(self) -> list[Cell]:
+    def untrained(self) -> list[Cell]:
         """Predictions without training."""
-        raw = self.stage1.raw
-        actual = raw.final.evaluation
-        cells = []
-        for name, (title, predict) in TRIVIAL.items():
-            predicted = predict(raw)
-            scores = results.without_training(errors(predicted, actual.values)._asdict())
-            totals = user_totals(dict.fromkeys(_SCORES, predicted), actual, len(self.tested))
-            cells.append(self._cell(name, title, scores, totals, trivial=True))
-        return cells
+        return [
+            self._cell(
+                name,
+                each.title,
+                results.without_training(each.scores),
+                {
+                    (selection, metric): each.totals[metric].numpy()
+                    for selection in self.task.selections
+                    for metric in self.task.metrics
+                },
+                trivial=True,
+            )
+            for name, each in self.stage1.untrained().items()
+        ]
 
     def has(self, variant: Variant) -> bool:
         """Whether a variant was trained to its end."""
@@ -179,18 +209,22 @@ class _Cells:
             # What a killed process spent is not known, so only whole runs are measured.
             new = not any((folder / phase / f"{name}.safetensors").exists() for phase in _PHASES)
             with self._bars(), costs.measured(folder, name) if new else nullcontext():
-                run(self.dataset, config, [name], folder, self.progress, base_folder=self.folder)
+                stage1 = self._stage1(config) if variant.changes else self.stage1
+                train_models(stage1, [name], folder)
         scores = results.read(folder)["models"][name]
         by_epoch = final_predictions(folder, name)
-        predicted = {
-            (selection, metric): by_epoch[scores[selection][f"{metric}_epoch"] - 1]
-            for selection, metric in _SCORES
+        totals = {
+            (selection, metric): self.stage1.user_totals(
+                by_epoch[scores[selection][f"{metric}_epoch"] - 1]
+            )[metric].numpy()
+            for selection in self.task.selections
+            for metric in self.task.metrics
         }
         return self._cell(
             variant.name,
             variant.title,
-            {selection: scores[selection] for selection in results.SELECTIONS},
-            user_totals(predicted, self.ratings, len(self.tested)),
+            {selection: scores[selection] for selection in self.task.selections},
+            totals,
             costs=costs.read(folder).get(name, {}),
             settings={setting: getattr(config, setting) for setting in spec.settings},
         )
@@ -201,9 +235,7 @@ class _Cells:
     def _cell(
         self, name: str, title: str, scores: dict[str, Any], totals: Totals, **others: Any
     ) -> Cell:
-        return Cell(
-            self.config.beta, self.config.seed, name, title, scores, totals, self.tested, **others
-        )
+        return Cell(self.beta, self.config.seed, name, title, scores, totals, self.tested, **others)
 
     @contextmanager
     def _bars(self) -> Iterator[None]:
@@ -217,12 +249,6 @@ class _Cells:
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Write what all runs of a grid have in common, or check that it is this."""
     if path.exists():
-        stored = json.loads(path.read_text())
-        changed = [k for k in {**stored, **settings} if stored.get(k) != settings.get(k)]
-        if changed:
-            was = ", ".join(f"{k} = {stored.get(k)} (now {settings.get(k)})" for k in changed)
-            raise UserError(
-                f"{path.parent} was made with {was}: name another --out or use the same settings"
-            )
+        require_same(f"{path.parent} was made", json.loads(path.read_text()), settings)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")

@@ -99,8 +99,10 @@ def ranks(score: Score, positives: Ratings, seen: Seen) -> Tensor:
     return found
 
 
-def measure(ranks: Tensor, users: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
-    """Means over users of what their positives' ranks ``[n]`` say.
+def user_metrics(
+    ranks: Tensor, users: Tensor, cutoffs: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Users with positives, and what the ranks ``[n]`` of a user's positives say.
 
     ::
 
@@ -108,10 +110,10 @@ def measure(ranks: Tensor, users: Tensor, cutoffs: Sequence[int]) -> dict[str, f
         NDCG@k = sum over ranks r <= k of 1 / log2(1 + r), over the largest possible such sum
         MRR = 1 / smallest rank
 
-    >>> measure(torch.tensor([2, 9]), torch.tensor([0, 1]), [5])  # doctest: +ELLIPSIS
-    {'hr@5': 0.5, 'ndcg@5': 0.3154..., 'mrr': 0.3055...}
+    >>> user_metrics(torch.tensor([2, 9]), torch.tensor([4, 1]), [5])[1]["hr@5"].tolist()
+    [0.0, 1.0]
     """
-    _, rows, counts = users.unique(return_inverse=True, return_counts=True)
+    everyone, rows, counts = users.unique(return_inverse=True, return_counts=True)
     first = torch.full_like(counts, ranks.max().item()).scatter_reduce(0, rows, ranks, "amin")
     ideal = (1 / torch.arange(2, 2 + int(counts.max())).double().log2()).cumsum(0)
     gains = 1 / (1 + ranks).double().log2()
@@ -119,6 +121,16 @@ def measure(ranks: Tensor, users: Tensor, cutoffs: Sequence[int]) -> dict[str, f
     for k in cutoffs:
         sums = torch.zeros(len(counts), dtype=torch.float64)
         sums.index_add_(0, rows, gains.where(ranks <= k, 0))
-        found[f"hr@{k}"] = (first <= k).double().mean().item()
-        found[f"ndcg@{k}"] = (sums / ideal[counts.clamp_max(k) - 1]).mean().item()
-    return {**found, "mrr": (1 / first.double()).mean().item()}
+        found[f"hr@{k}"] = (first <= k).double()
+        found[f"ndcg@{k}"] = sums / ideal[counts.clamp_max(k) - 1]
+    return everyone, {**found, "mrr": 1 / first.double()}
+
+
+def measure(ranks: Tensor, users: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Means over users of their `user_metrics`.
+
+    >>> measure(torch.tensor([2, 9]), torch.tensor([0, 1]), [5])  # doctest: +ELLIPSIS
+    {'hr@5': 0.5, 'ndcg@5': 0.3154..., 'mrr': 0.3055...}
+    """
+    _, found = user_metrics(ranks, users, cutoffs)
+    return {name: values.mean().item() for name, values in found.items()}

@@ -15,20 +15,19 @@ from typing import Any, get_args
 
 import torch
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
-from mimnet_fast.cdr import results
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import Evaluation
-from mimnet_fast.cdr.experiment import Job, PhaseName, Stage1, train
+from mimnet_fast.cdr.experiment import Job, PhaseName, Stage1, Untrained
 from mimnet_fast.cdr.implicit import (
     OBJECTIVES,
     Objective,
     Protocol,
     RankingPhase,
+    RankingSplit,
     ranking_split,
 )
 from mimnet_fast.cdr.models import (
@@ -39,7 +38,8 @@ from mimnet_fast.cdr.models import (
     TransferModel,
 )
 from mimnet_fast.cdr.models.mapping import MappingModel
-from mimnet_fast.cdr.ranking import Score, Seen, measure, ranks
+from mimnet_fast.cdr.ranking import Score, Seen, measure, ranks, user_metrics
+from mimnet_fast.cdr.tasks import Task
 from mimnet_fast.cdr.training import (
     Epoch,
     Loss,
@@ -61,7 +61,7 @@ SELECTIONS = {
     "published": "best epoch on the test positives (each metric at its own)",
 }
 
-_UNTRAINED = {"random": "chance", "popularity": "popularity"}
+_TITLES = {"random": "chance", "popularity": "popularity"}
 
 _REFUSED = {
     "mimnet-released": "it reproduces a code of rating prediction",
@@ -70,12 +70,14 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Task):
     """What is ranked how.
 
     Raises:
         UserError: no negatives, no cutoff, or one below 1.
     """
+
+    selections = SELECTIONS
 
     objective: Objective = "bpr"
     protocol: Protocol = "cold"
@@ -90,69 +92,56 @@ class Ranking:
         if not self.cutoffs or min(self.cutoffs) < 1:
             raise UserError(f"k: got {list(self.cutoffs)}, need numbers of at least 1")
 
+    @property
+    def title(self) -> str:
+        """See `Task.title`."""
+        return f"{self.protocol} by {self.objective}"
 
-def rank(
-    dataset: Dataset,
-    config: Config,
-    task: Ranking,
-    models: Iterable[str],
-    folder: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Train ``models`` to rank and measure them beside popularity and chance.
+    @property
+    def cold(self) -> bool:
+        """See `Task.cold`."""
+        return self.protocol == "cold"
 
-    Args:
-        dataset: A prepared dataset.
-        config: All settings; leave-last-out takes histories by time.
-        task: Objective, protocol and metrics.
-        models: Names in `RANKED`.
-        folder: The run's folder, new or to be gone on with.
-        progress: Where bars are drawn.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Task.settings`."""
+        return {**asdict(self), "cutoffs": list(self.cutoffs)}
 
-    Returns:
-        What `results.json` says, models of earlier calls on ``folder`` included.
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """See `Task.metrics`."""
+        return (*(f"{name}@{k}" for k in self.cutoffs for name in ("hr", "ndcg")), "mrr")
 
-    Raises:
-        UserError: settings that do not fit the data or what ``folder`` holds, a model that cannot
-            be ranked by, or a diverging loss.
-    """
-    names = list(models)
-    for name in names:
-        if name not in RANKED:
-            reason = _REFUSED.get(name, "it is not known")
-            raise UserError(f"model: got {name!r}, but {reason}: need one of {', '.join(RANKED)}")
-    if config.base == "biased-mf":
-        raise UserError("base: got 'biased-mf', whose biases explain ratings: need mf, gmf or dnn")
-    if config.overlap != 1:
-        raise UserError(f"overlap: got {config.overlap}, need 1, as only ratings are studied by it")
-    before = results.read(folder)
-    cutoffs = list(task.cutoffs)
-    if (stored := before.get("task", {}).get("cutoffs", cutoffs)) != cutoffs:
-        raise UserError(f"k: got {cutoffs}, but {folder} holds results at {stored}: take those")
-    stage1 = RankingModels(dataset, config, task, folder, progress)
-    found = {name: stage1.untrained(name) for name in _UNTRAINED}
-    found |= before.get("models", {})
-    summary = {
-        **results.header(dataset, stage1.config, stage1.split),
-        "format": "mimnet_fast.ranking",
-        "task": asdict(task),
-        "without_history": stage1.without_history(),
-        "selections": SELECTIONS,
-        "models": found,
-    }
-    for name in names:
-        found[name] = train(name, stage1, folder)
-        results.write(folder, summary, _page(summary))
-    return summary
+    def stage1(self, *args: Any) -> RankingModels:
+        """See `Task.stage1`."""
+        return RankingModels(self, *args)
+
+    def refusal(self, model: str, config: Config) -> str | None:
+        """See `Task.refusal`."""
+        if model in RANKED:
+            return None
+        return _REFUSED.get(model, "no way is known to rank by it")
+
+    def check(self, models: Iterable[str], config: Config) -> None:
+        """See `Task.check`."""
+        super().check(models, config)
+        if config.base == "biased-mf":
+            raise UserError(
+                "base: got 'biased-mf', whose biases explain ratings: need mf, gmf or dnn"
+            )
+        if config.overlap != 1:
+            raise UserError(
+                f"overlap: got {config.overlap}, need 1, as only ratings are studied by it"
+            )
 
 
 class RankingModels(Stage1):
     """Stage 1 of ranking: matrix factorization of either domain.
 
     Args:
-        dataset: A prepared dataset.
-        config: All settings.
         task: Objective, protocol and metrics.
+        dataset: A prepared dataset.
+        config: All settings; leave-last-out takes histories by time.
         folder: The run's folder.
         progress: Where bars are drawn.
 
@@ -160,13 +149,17 @@ class RankingModels(Stage1):
         UserError: settings that do not fit the data.
     """
 
+    task: Ranking
+    split: RankingSplit
+
     def __init__(
-        self, dataset: Dataset, config: Config, task: Ranking, folder: Path, progress: Progress
+        self, task: Ranking, dataset: Dataset, config: Config, folder: Path, progress: Progress
     ) -> None:
         if task.protocol == "leave-last-out":
             config = replace(config, history_order="time")
         identity = {name: getattr(task, name) for name in ("objective", "protocol", "negatives")}
         super().__init__(
+            task,
             dataset,
             config,
             folder,
@@ -177,7 +170,6 @@ class RankingModels(Stage1):
             criterion="mrr",
             best=max,
         )
-        self.task = task
         self.split = ranking_split(dataset, config, task.protocol)
         self._seen: dict[PhaseName, Seen] = {}
         for phase in get_args(PhaseName):
@@ -196,13 +188,18 @@ class RankingModels(Stage1):
         found: RankingPhase = getattr(self.split, phase)
         return found
 
-    def without_history(self) -> int:
-        """How many test users have an empty history."""
-        users = self.split.final.evaluation.users.unique()
-        return int((self.split.final.histories[1][users] == 0).sum())
+    def measured(self) -> str:
+        """See `Stage1.measured`."""
+        data = self.split.final
+        users = data.evaluation.users.unique()
+        without = int((data.histories[1][users] == 0).sum())
+        return (
+            f"{len(data.evaluation)} positives of {len(users)} test users ({without} without a "
+            "history), each ranked among all items of the target domain that the user has not seen."
+        )
 
-    def source(self, phase: PhaseName) -> MatrixFactorization:
-        """Source model of a phase."""
+    def source(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
+        """See `Stage1.source`; under cold-start the same in both phases."""
         data, users, items = self.data(phase), *self._source_size()
         name = "source" if self.task.protocol == "cold" else f"{phase}/source"
         return self._ranked(
@@ -213,7 +210,7 @@ class RankingModels(Stage1):
             Seen(data.seen_source, users, items),
             lambda model: Evaluation({}, torch.empty(0)),  # its users are measured in the target
             keep_predictions=False,
-        )[0]
+        )
 
     def target(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
         """See `Stage1.target`."""
@@ -264,18 +261,27 @@ class RankingModels(Stage1):
         rows = users if data.train_histories is None else torch.arange(len(users))
         return Job(model, loss, (rows, users, items), schedule, evaluate)
 
-    def untrained(self, name: str) -> dict[str, Any]:
-        """What `results.json` says of ``"random"`` or ``"popularity"``."""
+    def untrained(self) -> dict[str, Untrained]:
+        """See `Stage1.untrained`: chance and popularity."""
         data, count = self.split.final, self.dataset.num_target_items
         popularity = data.train_target.items.bincount(minlength=count).double()
         generator = seeded_generator(self.config.seed, "random ranks")
-        score: dict[str, Score] = {
-            "popularity": lambda users: popularity.expand(len(users), count),
+        scores: dict[str, Score] = {
             "random": lambda users: torch.rand(len(users), count, generator=generator),
+            "popularity": lambda users: popularity.expand(len(users), count),
         }
-        found = ranks(score[name], data.evaluation, self._seen["final"])
-        metrics = measure(found, data.evaluation.users, self.task.cutoffs)
-        return {"title": _UNTRAINED[name], **results.without_training(metrics)}
+        found = {}
+        for name, score in scores.items():
+            places = ranks(score, data.evaluation, self._seen["final"])
+            metrics = measure(places, data.evaluation.users, self.task.cutoffs)
+            found[name] = Untrained(_TITLES[name], metrics, self.user_totals(places))
+        return found
+
+    def user_totals(self, predicted: Tensor) -> dict[str, Tensor]:
+        """See `Stage1.user_totals`; of ranks, the metrics of each user."""
+        users, found = user_metrics(predicted, self.split.final.evaluation.users, self.task.cutoffs)
+        nobody = torch.zeros(self.dataset.num_overlap, dtype=torch.float64)
+        return {name: nobody.index_copy(0, users, values) for name, values in found.items()}
 
     def _joint_job(self, name: str, phase: PhaseName, generator: torch.Generator) -> Job:
         data, (_, shift) = self.data(phase), self._source_size()
@@ -305,7 +311,7 @@ class RankingModels(Stage1):
 
     def _frozen(self, phase: PhaseName, model: TransferModel) -> tuple[FrozenInputs, FrozenInputs]:
         """What a transfer model is given of users in evaluation, and of examples in training."""
-        data, source, target = self.data(phase), self.source(phase), self.target(phase)[0]
+        data, source, target = self.data(phase), self.source(phase)[0], self.target(phase)[0]
         items = source.items.weight.detach()
         histories, lengths = data.histories
         inputs = self._with_prototypes(
@@ -364,49 +370,3 @@ def _inner_products(model: MatrixFactorization, first_item: int = 0) -> Score:
     """Scores of all items from one on, by the model as it is now."""
     users, items = model.user_vectors(), model.item_vectors()[first_item:]
     return lambda rows: users[rows] @ items.T
-
-
-def tables(found: dict[str, Any]) -> list[Table]:
-    """The results for the terminal, a table for each selection."""
-    return [
-        results.screen_table(columns, rows, title=f"{_title(found)}, {selection}", caption=caption)
-        for selection, columns, rows in _by_selection(found)
-        for caption in (results.LEGEND,)
-    ]
-
-
-def _by_selection(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    metrics = [f"{name}@{k}" for k in found["task"]["cutoffs"] for name in ("hr", "ndcg")] + ["mrr"]
-    columns = ["model", *(metric.upper() for metric in metrics)]
-    return [
-        (selection, columns, results.rows(found, [(selection, metric) for metric in metrics]))
-        for selection in SELECTIONS
-    ]
-
-
-def _title(found: dict[str, Any]) -> str:
-    task, config = found["task"], found["config"]
-    beta = f", beta {config['beta']}" if task["protocol"] == "cold" else ""
-    return f"{task['protocol']} by {task['objective']}{beta}, seed {config['seed']}"
-
-
-def _page(found: dict[str, Any]) -> str:
-    data = found["dataset"]
-    lines = [
-        f"# {data['source']} -> {data['target']}, {_title(found)}",
-        "",
-        f"{data['test_ratings']} positives of {data['test_users']} test users "
-        f"({found['without_history']} without a history), each ranked among all items of the "
-        "target domain that the user has not seen.",
-        "",
-    ]
-    for selection, columns, rows in _by_selection(found):
-        lines += [f"## {selection}", "", *results.markdown_table(columns, rows), ""]
-        lines += [f"- {selection}: {SELECTIONS[selection]}", ""]
-    lines += [
-        f"- {results.LEGEND}",
-        f"- task: {results.listed(found['task'])}",
-        *results.provenance(found),
-        "",
-    ]
-    return "\n".join(lines)

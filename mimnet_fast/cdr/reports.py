@@ -12,21 +12,13 @@ import polars as pl
 from rich.table import Table
 
 from mimnet_fast.cdr.atomic import atomic_file
-from mimnet_fast.cdr.evaluation import Errors
-from mimnet_fast.cdr.results import SELECTIONS, listed, markdown_table, screen_table
+from mimnet_fast.cdr.results import listed, markdown_table, parts, screen_table
 from mimnet_fast.cdr.significance import LEVEL
 
 PLOTS = find_spec("matplotlib") is not None
 """Whether there is something to draw with."""
 
-_SCORES = [(selection, metric) for selection in SELECTIONS for metric in Errors._fields]
-_COLUMNS = (
-    "model",
-    *(f"{metric.upper()} {selection}" for selection, metric in _SCORES),
-    "seeds",
-    "seconds",
-    "peak MB",
-)
+_COSTS = ("seeds", "seconds", "peak MB")
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
@@ -46,44 +38,53 @@ def write(folder: Path, found: dict[str, Any]) -> None:
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:
-    """The errors for the terminal, one table for each beta."""
-    shown = 1 + len(_SCORES)
-    for beta, rows in _by_beta(found).items():
-        yield screen_table(
-            _COLUMNS[:shown], [row[:shown] for row in rows], title=f"beta {beta}", caption=""
-        )
+    """The scores for the terminal."""
+    for heading, columns, rows in _tables(found):
+        yield screen_table(columns, rows, title=f"{found['title']}, {heading}", caption="")
 
 
-def _by_beta(found: dict[str, Any]) -> dict[float, list[list[str]]]:
-    rows: dict[float, list[list[str]]] = {}
-    for row in found["rows"]:
-        seconds, peak = row["seconds"], row["peak_rss_bytes"]
-        rows.setdefault(row["beta"], []).append(
-            [
-                row["title"],
-                *(_error(row[selection][metric]) for selection, metric in _SCORES),
-                str(len(row["seeds"])),
-                "" if seconds is None else f"{seconds:.1f}",
-                "" if peak is None else f"{peak / 2**20:.0f}",
+def _tables(
+    found: dict[str, Any], cost: bool = False
+) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Heading, columns and rows of each table, with what training took or without."""
+    for beta in dict.fromkeys(row["beta"] for row in found["rows"]):
+        for part, scores in parts(found):
+            heading = [part] if beta is None else [f"beta {beta}", *filter(None, [part])]
+            rows = [
+                [
+                    row["title"],
+                    *(_score(row[selection][metric]) for selection, metric in scores.values()),
+                    *(_costs(row) if cost else ()),
+                ]
+                for row in found["rows"]
+                if row["beta"] == beta
             ]
-        )
-    return rows
+            yield ", ".join(heading), ["model", *scores, *(_COSTS if cost else ())], rows
 
 
-def _error(score: dict[str, Any]) -> str:
+def _costs(row: dict[str, Any]) -> list[str]:
+    seconds, peak = row["seconds"], row["peak_rss_bytes"]
+    return [
+        str(len(row["seeds"])),
+        "" if seconds is None else f"{seconds:.1f}",
+        "" if peak is None else f"{peak / 2**20:.0f}",
+    ]
+
+
+def _score(score: dict[str, Any]) -> str:
     spread = "" if score["std"] is None else f" ± {score['std']:.4f}"
     significant = score["p_adjusted"] is not None and score["p_adjusted"] < LEVEL
     return f"{score['mean']:.4f}{spread}{'*' if significant else ''}"
 
 
 def legend(found: dict[str, Any]) -> list[str]:
-    """What the errors in a table mean."""
+    """What the scores in a table mean."""
     lines = ["mean ± standard deviation over seeds"]
     reference = [row["title"] for row in found["rows"] if row["name"] == found["reference"]]
     if reference:
         lines.append(
-            f"*: differs from {reference[0]} (p < {LEVEL}; paired t-test over the test users' "
-            "total errors, adjusted for all comparisons of the column with Benjamini-Yekutieli)"
+            f"*: differs from {reference[0]} (p < {LEVEL}; paired t-test over the users "
+            "measured, adjusted for all comparisons of the column with Benjamini-Yekutieli)"
         )
     return lines
 
@@ -91,14 +92,14 @@ def legend(found: dict[str, Any]) -> list[str]:
 def _markdown(found: dict[str, Any]) -> str:
     data = found["dataset"]
     lines = [
-        f"# {found['table']}: {data['source']} -> {data['target']}",
+        f"# {found['table']}: {data['source']} -> {data['target']}, {found['title']}",
         "",
         f"{found['finished_cells']} of {found['cells']} cells finished; seeds "
         f"{', '.join(map(str, found['seeds']))}.",
         "",
     ]
-    for beta, rows in _by_beta(found).items():
-        lines += [f"## beta {beta}", "", *markdown_table(_COLUMNS, rows), ""]
+    for heading, columns, rows in _tables(found, cost=True):
+        lines += [f"## {heading}", "", *markdown_table(columns, rows), ""]
     base = [cost["seconds"] for cost in found["base_models"] if "seconds" in cost]
     lines += [f"- {line}" for line in legend(found)]
     lines += [f"- {name}: {meaning}" for name, meaning in found["selections"].items()]
@@ -109,7 +110,7 @@ def _markdown(found: dict[str, Any]) -> str:
     if base:
         lines.append(f"- base models: {sum(base) / len(base):.1f} seconds per split")
     lines += [
-        f"- settings: {listed(found['config'])}",
+        f"- settings: {listed({**found['task'], **found['config']})}",
         f"- dataset {data['fingerprint'][:16]}",
         f"- {listed(found['versions'])}; {found['machine']}",
         "",
@@ -135,7 +136,8 @@ def _long(found: dict[str, Any]) -> pl.DataFrame:
                 **row["settings"],
             }
             for row in found["rows"]
-            for selection, metric in _SCORES
+            for selection in found["selections"]
+            for metric in found["metrics"]
         ],
         infer_schema_length=None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,8 @@ from mimnet_fast.cdr import diagnostics
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
-from mimnet_fast.cdr.evaluation import Errors
 from mimnet_fast.cdr.protocol import Phase
+from mimnet_fast.cdr.tasks import Task
 from mimnet_fast.cdr.training import Epoch
 
 SELECTIONS = {
@@ -42,11 +42,13 @@ class Phases(Protocol):
         ...
 
 
-def header(dataset: Dataset, config: Config, data: Phases) -> dict[str, Any]:
+def header(dataset: Dataset, config: Config, data: Phases, task: Task) -> dict[str, Any]:
     """Everything in `results.json` but the models."""
+    beta = [f"beta {config.beta}"] if task.cold else []
     return {
         "format": "mimnet_fast.results",
         "format_version": 1,
+        "title": ", ".join([task.title, *beta, f"seed {config.seed}"]),
         "dataset": {
             **describe(dataset),
             "test_users": len(data.final.evaluation.users.unique()),
@@ -55,8 +57,17 @@ def header(dataset: Dataset, config: Config, data: Phases) -> dict[str, Any]:
             "train_meta_ratings": len(data.final.train_meta),
         },
         "config": asdict(config),
-        "selections": SELECTIONS,
+        **scored(task),
         **environment(),
+    }
+
+
+def scored(task: Task) -> dict[str, Any]:
+    """What is measured in a run or a grid of a task."""
+    return {
+        "task": task.settings,
+        "selections": task.selections,
+        "metrics": list(task.metrics),
     }
 
 
@@ -136,9 +147,12 @@ def write(folder: Path, results: dict[str, Any], page: str) -> None:
         path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def table(results: dict[str, Any], title: str) -> Table:
+def tables(results: dict[str, Any]) -> Iterator[Table]:
     """The results for the terminal."""
-    return screen_table(_COLUMNS, rows(results, _SCORES), title=title, caption=LEGEND)
+    for part, scores in parts(results):
+        title = ", ".join(filter(None, [results["title"], part]))
+        shown = rows(results, scores.values())
+        yield screen_table(["model", *scores], shown, title=title, caption=LEGEND)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -165,11 +179,30 @@ def listed(values: dict[str, Any]) -> str:
 
 
 LEGEND = "@n: at epoch n"
-_SCORES = [(selection, metric) for selection in SELECTIONS for metric in Errors._fields]
-_COLUMNS = ("model", *(f"{metric.upper()} {selection}" for selection, metric in _SCORES))
 
 
-def rows(results: dict[str, Any], scores: Sequence[tuple[str, str]]) -> list[list[str]]:
+def parts(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
+    """The tables that show all scores: a name, and selection and metric by the column's title.
+
+    Both selections of two metrics stand side by side in a table without a name; of more metrics,
+    each selection has a table of its own.
+    """
+    selections, metrics = found["selections"], found["metrics"]
+    if len(metrics) <= 2:
+        yield (
+            "",
+            {
+                f"{metric.upper()} {name}": (name, metric)
+                for name in selections
+                for metric in metrics
+            },
+        )
+    else:
+        for name in selections:
+            yield name, {metric.upper(): (name, metric) for metric in metrics}
+
+
+def rows(results: dict[str, Any], scores: Collection[tuple[str, str]]) -> list[list[str]]:
     """Each model's title and its (selection, metric) ``scores``."""
 
     def cell(found: dict[str, Any], metric: str) -> str:
@@ -185,35 +218,27 @@ def rows(results: dict[str, Any], scores: Sequence[tuple[str, str]]) -> list[lis
     ]
 
 
-def page(results: dict[str, Any]) -> str:
-    """The results of a run in Markdown."""
-    data, config = results["dataset"], results["config"]
-    return "\n".join(
-        [
-            f"# {data['source']} -> {data['target']}, beta {config['beta']}, seed {config['seed']}",
-            "",
-            f"{data['test_ratings']} ratings by {data['test_users']} cold-start test users, "
-            f"of {data['overlap_users']} users of both domains.",
-            "",
-            *markdown_table(_COLUMNS, rows(results, _SCORES)),
-            "",
-            f"- {LEGEND}",
-            *(f"- {name}: {meaning}" for name, meaning in results["selections"].items()),
-            *(
-                f"- {model['title']}: {diagnostics.sentence(model['diagnostics'])}"
-                for model in results["models"].values()
-                if "diagnostics" in model
-            ),
-            *provenance(results),
-            "",
-        ]
-    )
+def page(results: dict[str, Any], measured: str) -> str:
+    """The results of a run in Markdown; ``measured`` says on what."""
+    data = results["dataset"]
+    lines = [f"# {data['source']} -> {data['target']}, {results['title']}", "", measured, ""]
+    for part, scores in parts(results):
+        lines += [f"## {part}", ""] if part else []
+        lines += [*markdown_table(["model", *scores], rows(results, scores.values())), ""]
+    lines += [f"- {LEGEND}"]
+    lines += [f"- {name}: {meaning}" for name, meaning in results["selections"].items()]
+    lines += [
+        f"- {model['title']}: {diagnostics.sentence(model['diagnostics'])}"
+        for model in results["models"].values()
+        if "diagnostics" in model
+    ]
+    return "\n".join([*lines, *provenance(results), ""])
 
 
 def provenance(results: dict[str, Any]) -> list[str]:
     """What the numbers come from, as lines of a list."""
     return [
-        f"- settings of the last run: {listed(results['config'])}",
+        f"- settings of the last run: {listed({**results['task'], **results['config']})}",
         f"- dataset {results['dataset']['fingerprint'][:16]}",
         f"- {listed(results['versions'])}; {results['machine']}",
     ]

@@ -1,33 +1,27 @@
-"""Means over seeds, and whether a model's errors differ from the reference's.
+"""Means over seeds, and whether a model's scores differ from the reference's.
 
-The pooled errors of a table are sums over users, so users are the units that are compared: ratings
-of one user are not independent, and a few seeds tell next to nothing (the sign of five differences
-cannot reach 5 %). Every user who was tested has one total of absolute errors (for MAE) and one of
-squared errors (for RMSE) per model, over all seeds that tested the user; a paired t-test compares
-the totals of two models. Their mean is the pooled error times a constant, so the test is about the
-number in the table. All comparisons share the reference, so p-values are adjusted with the method
-of Benjamini and Yekutieli (2001), which holds under any dependence.
+The scores of a table are sums over users, so users are the units that are compared: ratings of one
+user are not independent, and a few seeds tell next to nothing (the sign of five differences cannot
+reach 5 %). Every user who was tested has one total per model and metric, over all seeds that tested
+the user: of absolute errors for MAE, of squared errors for RMSE, of the metric itself for ranks. A
+paired t-test compares the totals of two models. Their mean is the pooled score times a constant, so
+the test is about the number in the table. All comparisons share the reference, so p-values are
+adjusted with the method of Benjamini and Yekutieli (2001), which holds under any dependence.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import false_discovery_control, ttest_rel  # type: ignore[import-untyped]
-from torch import Tensor
-
-from mimnet_fast.cdr.dataset import Ratings
-from mimnet_fast.cdr.evaluation import Errors
-from mimnet_fast.cdr.results import SELECTIONS
 
 Totals = dict[tuple[str, str], NDArray[np.float64]]
-"""By selection and metric: the sum of the errors of each user ``[O]``."""
+"""By selection and metric: what each user adds to it, ``[O]``."""
 
 LEVEL = 0.05
 
@@ -36,38 +30,19 @@ LEVEL = 0.05
 class Cell:
     """What one model did at one beta and seed."""
 
-    beta: float
+    beta: float | None
+    """Share of test users; None where all users are tested."""
     seed: int
     name: str
     title: str
     scores: dict[str, Any]
-    """Errors by selection and metric, as in `results.json`."""
+    """By selection and metric, as in `results.json`."""
     totals: Totals
     tested: NDArray[np.bool_]
-    """Users who have test ratings ``[O]``."""
+    """Users who are measured ``[O]``."""
     costs: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     trivial: bool = False
-
-
-def user_totals(predicted: dict[tuple[str, str], Tensor], ratings: Ratings, users: int) -> Totals:
-    """Each user's sum of absolute errors (``"mae"``) or squared errors (``"rmse"``).
-
-    Args:
-        predicted: Predictions of all ``ratings`` by selection and metric.
-        ratings: What was predicted, by users 0 to ``users - 1``.
-        users: O.
-
-    >>> ratings = Ratings(torch.tensor([1, 1, 0]), torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
-    >>> user_totals({("honest", "mae"): torch.tensor([2.0, 4.0, 3.0])}, ratings, 3)
-    {('honest', 'mae'): array([0., 3., 0.])}
-    """
-    totals = {}
-    for (selection, metric), values in predicted.items():
-        difference = values.double() - ratings.values.double()
-        errors = difference.abs() if metric == "mae" else difference.square()
-        totals[selection, metric] = torch.bincount(ratings.users, errors, minlength=users).numpy()
-    return totals
 
 
 def paired_p(cells: Sequence[Cell], reference: Sequence[Cell], key: tuple[str, str]) -> float:
@@ -83,17 +58,18 @@ def paired_p(cells: Sequence[Cell], reference: Sequence[Cell], key: tuple[str, s
     return 1.0 if (left == right).all() else float(ttest_rel(left, right).pvalue)
 
 
-def summarize(cells: Iterable[Cell], reference: str) -> list[dict[str, Any]]:
+def summarize(cells: Sequence[Cell], reference: str) -> list[dict[str, Any]]:
     """One row for each beta and name, in the order of the cells.
 
     Each selection and metric of a row has ``mean``, ``std`` (over seeds, None for one seed) and
     ``values``; rows other than the reference's also have ``p`` and ``p_adjusted``, None where
     there is nothing to compare with.
     """
-    groups: dict[tuple[float, str], list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.beta):
+    scores = list(cells[0].totals)
+    groups: dict[tuple[float | None, str], list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.beta or 0.0):
         groups.setdefault((cell.beta, cell.name), []).append(cell)
-    rows = {}
+    rows: dict[tuple[float | None, str], dict[str, Any]] = {}
     for (beta, name), group in groups.items():
         first = group[0]
         seconds = [cell.costs["seconds"] for cell in group if "seconds" in cell.costs]
@@ -107,26 +83,22 @@ def summarize(cells: Iterable[Cell], reference: str) -> list[dict[str, Any]]:
             "seeds": [cell.seed for cell in group],
             "seconds": statistics.fmean(seconds) if seconds else None,
             "peak_rss_bytes": max(peaks, default=None),
-        } | {
-            selection: {
-                metric: _moments([cell.scores[selection][metric] for cell in group])
-                for metric in Errors._fields
-            }
-            for selection in SELECTIONS
         }
-    for selection in SELECTIONS:
-        for metric in Errors._fields:
-            found = {
-                key: paired_p(group, groups[key[0], reference], (selection, metric))
-                for key, group in groups.items()
-                if key[1] != reference and (key[0], reference) in groups
-            }
-            found = {key: p for key, p in found.items() if p == p}
-            adjusted = false_discovery_control(list(found.values()), method="by") if found else []
-            for key in rows:
-                rows[key][selection][metric] |= {"p": found.get(key), "p_adjusted": None}
-            for key, p in zip(found, adjusted, strict=True):
-                rows[key][selection][metric]["p_adjusted"] = float(p)
+        for selection, metric in scores:
+            values = [cell.scores[selection][metric] for cell in group]
+            rows[beta, name].setdefault(selection, {})[metric] = _moments(values)
+    for selection, metric in scores:
+        found = {
+            key: paired_p(group, groups[key[0], reference], (selection, metric))
+            for key, group in groups.items()
+            if key[1] != reference and (key[0], reference) in groups
+        }
+        found = {key: p for key, p in found.items() if p == p}
+        adjusted = false_discovery_control(list(found.values()), method="by") if found else []
+        for key in rows:
+            rows[key][selection][metric] |= {"p": found.get(key), "p_adjusted": None}
+        for key, p in zip(found, adjusted, strict=True):
+            rows[key][selection][metric]["p_adjusted"] = float(p)
     return list(rows.values())
 
 

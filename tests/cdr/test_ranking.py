@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import polars as pl
 import pytest
 import torch
 from rich.progress import Progress
+from scipy import stats
 from torch import Tensor
 from typer.testing import CliRunner
 
 from mimnet_fast import ops
-from mimnet_fast.cdr import ranking
+from mimnet_fast.cdr import ranking, reports, results
 from mimnet_fast.cdr.cli import app
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings, prepare
 from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.implicit import (
     OBJECTIVES,
     Objective,
@@ -31,9 +35,9 @@ from mimnet_fast.cdr.implicit import (
 from mimnet_fast.cdr.models import MODELS, FrozenInputs
 from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.ranking import Seen, measure, ranks
-from mimnet_fast.cdr.ranking_experiment import RANKED, Ranking, RankingModels, rank
+from mimnet_fast.cdr.ranking_experiment import RANKED, Ranking, RankingModels
 from mimnet_fast.cdr.synthetic import Synthetic
-from mimnet_fast.cdr.training import seeded_generator, seeded_module
+from mimnet_fast.cdr.training import seeded_generator, seeded_module, stored_predictions
 
 from .conftest import SIZES
 from .killing import KilledError, KillingProgress
@@ -266,18 +270,18 @@ def test_the_future_changes_nothing(timed: Dataset, tmp_path: Path) -> None:
     assert not other.source.items.equal(timed.source.items)
     task = Ranking(protocol="leave-last-out")
     for name, dataset in (("a", timed), ("b", other)):
-        rank(dataset, QUICK, task, RANKED, tmp_path / name, QUIET)
+        run(dataset, QUICK, RANKED, tmp_path / name, QUIET, task=task)
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_an_example_is_learned_from_the_history_at_its_time(timed: Dataset, tmp_path: Path) -> None:
-    stage1 = RankingModels(timed, QUICK, Ranking(protocol="leave-last-out"), tmp_path, QUIET)
+    stage1 = RankingModels(Ranking(protocol="leave-last-out"), timed, QUICK, tmp_path, QUIET)
     job = stage1.job("ptupcdr", "final", seeded_generator(1, "x"))
     batch = tuple(column[::50] for column in job.examples)
     found = job.loss(*batch)
 
     data, model = stage1.split.final, job.module
-    source, target = stage1.source("final"), stage1.target("final")[0].items.weight
+    source, target = stage1.source("final")[0], stage1.target("final")[0].items.weight
     seen = Seen(data.seen_target, timed.num_target_users, timed.num_target_items)
     users, items = data.train_meta.users[::50], data.train_meta.items[::50]
     negatives = seen.draw_others(users, 10, seeded_generator(1, "x"))
@@ -346,7 +350,7 @@ def test_ranks_are_those_of_the_catalogue_op(inputs: FrozenInputs) -> None:
 
 
 def test_negatives_of_cmf_are_of_the_same_domain(timed: Dataset, tmp_path: Path) -> None:
-    stage1 = RankingModels(timed, QUICK, Ranking(), tmp_path, QUIET)
+    stage1 = RankingModels(Ranking(), timed, QUICK, tmp_path, QUIET)
     job = stage1.job("cmf", "final", seeded_generator(1, "x"))
     called: list[tuple[Tensor, Tensor]] = []
     job.module.register_forward_pre_hook(lambda module, args: called.append(args))
@@ -370,19 +374,84 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     timed: Dataset, tmp_path: Path, protocol: Protocol
 ) -> None:
     task = Ranking(protocol=protocol, objective="softmax", cutoffs=(5,))
-    found = rank(timed, QUICK, task, RANKED, tmp_path / "whole", QUIET)
+    found = run(timed, QUICK, RANKED, tmp_path / "whole", QUIET, task=task)
     for updates in (0, 13, 33):
         folder = tmp_path / str(updates)
         with pytest.raises(KilledError):
-            rank(timed, QUICK, task, RANKED, folder, KillingProgress(updates))
-        again = rank(timed, QUICK, task, RANKED, folder, QUIET)
+            run(timed, QUICK, RANKED, folder, KillingProgress(updates), task=task)
+        again = run(timed, QUICK, RANKED, folder, QUIET, task=task)
         assert again == found
         assert files(folder) == files(tmp_path / "whole")
     folder = tmp_path / "whole"
-    with pytest.raises(UserError, match=r"k: got \[7\], but .* holds results at \[5\]"):
-        rank(timed, QUICK, replace(task, cutoffs=(7,)), ["tgt"], folder, QUIET)
-    with pytest.raises(UserError, match=r"trained with objective = softmax \(now bpr\)"):
-        rank(timed, QUICK, replace(task, objective="bpr"), ["tgt"], folder, QUIET)
+    with pytest.raises(UserError, match=r"holds results with cutoffs = \[5\] \(now \[7\]\): name"):
+        run(timed, QUICK, ["tgt"], folder, QUIET, task=replace(task, cutoffs=(7,)))
+    with pytest.raises(UserError, match=r"results with objective = softmax \(now bpr\)"):
+        run(timed, QUICK, ["tgt"], folder, QUIET, task=replace(task, objective="bpr"))
+
+
+@pytest.mark.parametrize("protocol", ["cold", "leave-last-out"])
+def test_a_grid_says_what_its_runs_do(
+    timed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: Protocol
+) -> None:
+    monkeypatch.setattr(reports, "PLOTS", False)
+    task, names = Ranking(protocol=protocol, cutoffs=(5,)), ("mimnet", "sscdr")
+    beta, place = (0.25, "beta-0.25") if protocol == "cold" else (None, "all-users")
+    variants = [Variant(name, MODELS[name].title, name) for name in names]
+    variants.append(Variant("interests-2", "two", "mimnet", {"interests": 2}))
+    betas = () if beta is None else (beta,)
+    plan = Plan("compare", tuple(variants), betas, (2, 3), task=task)
+    out = tmp_path / "grid"
+    for updates in (12, 40):
+        with pytest.raises(KilledError):
+            run_grid(timed, QUICK, plan, out, KillingProgress(updates))
+    rows = {row["name"]: row for row in run_grid(timed, QUICK, plan, out, QUIET)["rows"]}
+    assert list(rows) == ["random", "popularity", "mimnet", "sscdr", "interests-2"]
+    assert all(row["beta"] == beta and row["seeds"] == [2, 3] for row in rows.values())
+
+    folder, config = out / place / "seed-3", replace(QUICK, seed=3)
+    run(timed, config, names, tmp_path / "alone", QUIET, task=task)
+    assert files(tmp_path / "alone").items() <= files(folder).items()
+    changed = replace(config, interests=2)
+    two = run(timed, changed, ["mimnet"], tmp_path / "two", QUIET, task=task)["models"]["mimnet"]
+    for metric in ("hr@5", "ndcg@5", "mrr"):
+        assert rows["interests-2"]["honest"][metric]["values"][1] == two["honest"][metric]
+        differences: dict[int, float] = {}
+        for seed in (2, 3):
+            run_folder, of_user = out / place / f"seed-{seed}", []
+            users = ranking_split(timed, replace(QUICK, seed=seed), protocol).final.evaluation.users
+            for name in ("sscdr", "mimnet"):
+                found = results.read(run_folder)["models"][name]["honest"]
+                places = stored_predictions(run_folder / "final" / f"{name}.safetensors")
+                at_epoch = places[found[f"{metric}_epoch"] - 1]
+                of_user.append(
+                    [
+                        measure(at_epoch[users == user], users[users == user], [5])[metric]
+                        for user in users.unique()
+                    ]
+                )
+                assert found[metric] == pytest.approx(statistics.fmean(of_user[-1]))
+            for user, ours, theirs in zip(users.unique().tolist(), *of_user, strict=True):
+                differences[user] = differences.get(user, 0.0) + ours - theirs
+        expected = stats.ttest_1samp(list(differences.values()), 0).pvalue
+        assert rows["sscdr"]["honest"][metric]["p"] == pytest.approx(expected)
+    page = (out / "compare.md").read_text()
+    assert "| model | HR@5 | NDCG@5 | MRR | seeds | seconds | peak MB |" in page
+    assert ("## beta 0.25, published" if beta else "## published") in page
+    with pytest.raises(UserError, match=r"made with cutoffs = \[5\] \(now \[6\]\)"):
+        run_grid(timed, QUICK, replace(plan, task=replace(task, cutoffs=(6,))), out, QUIET)
+
+
+def test_what_cannot_be_ranked_is_refused_before_training(timed: Dataset, tmp_path: Path) -> None:
+    variants = Variant("a", "a", "tgt"), Variant("b", "b", "remit")
+    remit = Plan("compare", variants, (), (1,), task=Ranking(protocol="leave-last-out"))
+    with pytest.raises(UserError, match=r"betas: got 0\.25, but leave-last-out by bpr tests all"):
+        replace(remit, betas=(0.25,))
+    with pytest.raises(UserError, match="model: got 'remit', but its policy is rewarded"):
+        run_grid(timed, QUICK, remit, tmp_path, QUIET)
+    half = replace(remit, variants=(Variant("a", "a", "mimnet", {"overlap": 0.5}),))
+    with pytest.raises(UserError, match=r"overlap: got 0\.5, need 1"):
+        run_grid(timed, QUICK, half, tmp_path, QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -394,7 +463,7 @@ def test_planted_interests_are_found(
     dataset = planted(tmp_path, replace(SIZES, users=300))
     config = replace(QUICK, base_epochs=8, epochs=4)
     task = Ranking(objective, protocol, cutoffs=(5,))
-    models = rank(dataset, config, task, ["mimnet"], tmp_path / "run", QUIET)["models"]
+    models = run(dataset, config, ["mimnet"], tmp_path / "run", QUIET, task=task)["models"]
     found = models["mimnet"]
     final, selection = (found["curves"][name] for name in ("final", "selection"))
     for metric in ("hr@5", "ndcg@5", "mrr"):
@@ -410,13 +479,23 @@ def test_planted_interests_are_found(
 def test_the_command(prepared: Path, tmp_path: Path) -> None:
     def invoke(*options: object) -> Any:
         quick = ["--base-epochs", "1", "--epochs", "1", "--prototypes", "5", "--beta", "0.25"]
-        arguments = ["rank", prepared, "--out", tmp_path / "run", *quick, *options]
+        arguments = [
+            "train",
+            prepared,
+            "--task",
+            "ranking",
+            "--out",
+            tmp_path / "run",
+            *quick,
+            *options,
+        ]
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
     for options, message in (
         (["--protocol", "leave-last-out"], "source.csv has no timestamp column"),
         (["--model", "remit"], "got 'remit', but its policy is rewarded for the errors"),
         (["--base", "biased-mf"], "whose biases explain ratings"),
+        (["--task", "ratings", "--protocol", "cold"], "add --task ranking"),
         (["--negatives", "0"], "negatives: got 0"),
         (["--k", "0"], "k: got [0]"),
     ):
