@@ -512,3 +512,18 @@ def test_the_command(prepared: Path, tmp_path: Path) -> None:
     page = (tmp_path / "run" / "results.md").read_text()
     assert "HR@3" in page
     assert f"{found['models']['mimnet']['honest']['mrr']:.4f} @1" in page
+
+
+def test_the_command_of_a_grid(prepared: Path, tmp_path: Path) -> None:
+    quick = ["--task", "ranking", "--seeds", 2, "--betas", 0.25, "--k", 3, "--backend", "reference"]
+    quick += ["--base-epochs", 1, "--epochs", 1]
+    for command, options, title in (
+        ("compare", ["--models", "sscdr", "tgt", "--prototypes", 5], "SSCDR"),
+        ("sweep", ["--prototypes", 5, 8], "prototypes 8"),
+    ):
+        arguments = [command, prepared, "--out", tmp_path / command, *options, *quick]
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        for told in ("cold by bpr, beta 0.25, honest", "HR@3", "MRR", "popularity", title):
+            assert told in result.stdout
+        assert (tmp_path / command / f"{command}.csv").exists()
