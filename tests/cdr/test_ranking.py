@@ -516,10 +516,10 @@ def test_the_command(prepared: Path, tmp_path: Path) -> None:
 
 def test_the_command_of_a_grid(prepared: Path, tmp_path: Path) -> None:
     quick = ["--task", "ranking", "--seeds", 2, "--betas", 0.25, "--k", 3, "--backend", "reference"]
-    quick += ["--base-epochs", 1, "--epochs", 1]
+    quick += ["--base-epochs", 1, "--epochs", 1, "--prototypes", 5]
     for command, options, title in (
-        ("compare", ["--models", "sscdr", "tgt", "--prototypes", 5], "SSCDR"),
-        ("sweep", ["--prototypes", 5, 8], "prototypes 8"),
+        ("compare", ["--models", "sscdr", "tgt"], "SSCDR"),
+        ("sweep", ["--interests", 2, 7], "interests 2"),
     ):
         arguments = [command, prepared, "--out", tmp_path / command, *options, *quick]
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
