@@ -121,45 +121,20 @@ _GRID: _Options = {
 }
 """Of every command that runs a grid."""
 
+
+def _ranking(default: object, kind: Any, text: str, *names: str) -> tuple[Any, None]:
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    option = typer.Option(*names, help=f"Ranking: {text}.", show_default=shown)
+    return Annotated[kind | None, option], None
+
+
 _RANKING: _Options = {
-    "objective": (
-        Annotated[
-            Objective | None,
-            typer.Option(help="Ranking: loss of both stages.", show_default=Ranking.objective),
-        ],
-        None,
+    "objective": _ranking(Ranking.objective, Objective, "loss of both stages"),
+    "protocol": _ranking(
+        Ranking.protocol, Protocol, "test on cold-start users, or on the last positive of each user"
     ),
-    "protocol": (
-        Annotated[
-            Protocol | None,
-            typer.Option(
-                help="Ranking: test on cold-start users, or on the last positive of each user.",
-                show_default=Ranking.protocol,
-            ),
-        ],
-        None,
-    ),
-    "negatives": (
-        Annotated[
-            int | None,
-            typer.Option(
-                help="Ranking: unseen items drawn for each positive.",
-                show_default=str(Ranking.negatives),
-            ),
-        ],
-        None,
-    ),
-    "cutoffs": (
-        Annotated[
-            list[int] | None,
-            typer.Option(
-                "--k",
-                help="Ranking: cutoffs of HR@k and NDCG@k.",
-                show_default=" ".join(map(str, Ranking.cutoffs)),
-            ),
-        ],
-        None,
-    ),
+    "negatives": _ranking(Ranking.negatives, int, "unseen items drawn for each positive"),
+    "cutoffs": _ranking(Ranking.cutoffs, list[int], "cutoffs of HR@k and NDCG@k", "--k"),
 }
 """Fields of `Ranking`; None where they are not given."""
 
