@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mimnet_fast.cdr.dataset import Ratings
+from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.protocol import Phase, Split
 
 SHRINKAGE = 2.0
@@ -67,7 +67,44 @@ def cold_slope(source: Biases, target: Biases, train_meta: Ratings) -> Tensor:
     return (user @ left) / (user @ user).clamp_min(torch.finfo(user.dtype).tiny)
 
 
-def residuals(split: Split) -> Split:
+@dataclass(frozen=True)
+class PhaseBiases:
+    """Biases of both domains in a phase, and the slope between them."""
+
+    source: Biases
+    target: Biases
+    slope: Tensor
+
+    def expected(self, ratings: Ratings) -> Tensor:
+        """Mean, item bias and cold-start user's term of target ratings that were not fitted."""
+        return self.target.without_user(ratings) + self.user_terms(ratings)
+
+    def user_terms(self, ratings: Ratings) -> Tensor:
+        """What cold-start users add to their ratings."""
+        return self.slope * self.source.users[ratings.users]
+
+
+@dataclass(frozen=True)
+class SplitBiases:
+    """Those of both phases; the source domain's are the same."""
+
+    selection: PhaseBiases
+    final: PhaseBiases
+
+
+def fit_split(dataset: Dataset, split: Split) -> SplitBiases:
+    """All biases of a split, each fitted once."""
+    source = fit_biases(split.train_source, dataset.num_source_users, dataset.num_source_items)
+
+    def fit(phase: Phase) -> PhaseBiases:
+        sizes = dataset.num_target_users, dataset.num_target_items
+        target = fit_biases(phase.train_target, *sizes)
+        return PhaseBiases(source, target, cold_slope(source, target, phase.train_meta))
+
+    return SplitBiases(fit(split.selection), fit(split.final))
+
+
+def residuals(split: Split, biases: SplitBiases) -> Split:
     """The split with every rating less what the biases expect, so that models learn the rest.
 
     The base models lose their own domain's biases. Ratings of ``train_meta`` and ``evaluation``
@@ -75,60 +112,22 @@ def residuals(split: Split) -> Split:
     target bias is known: transfer models learn what they are measured on. An error of a residual
     is the error of the rating.
     """
-    source = fit_biases(split.train_source, *_sizes([split.train_source, *_all(split)]))
+    source = biases.final.source
     return replace(
         split,
         train_source=_less(split.train_source, source.expected(split.train_source)),
-        selection=_phase(split.selection, source),
-        final=_phase(split.final, source),
+        selection=_phase(split.selection, biases.selection),
+        final=_phase(split.final, biases.final),
     )
 
 
-def cold_expectation(split: Split) -> Tensor:
-    """Mean, item bias and cold-start user's term of the test ratings."""
-    source = fit_biases(split.train_source, *_sizes([split.train_source, *_all(split)]))
-    return _cold(split.final, source, _target(split.final))[1]
-
-
-def item_expectation(split: Split) -> Tensor:
-    """Mean and item bias of the test ratings."""
-    return _target(split.final).without_user(split.final.evaluation)
-
-
-def _phase(phase: Phase, source: Biases) -> Phase:
-    target = _target(phase)
-    meta, evaluation = _cold(phase, source, target)
+def _phase(phase: Phase, biases: PhaseBiases) -> Phase:
+    meta, target = phase.train_meta, biases.target
     return Phase(
         _less(phase.train_target, target.expected(phase.train_target)),
-        _less(phase.train_meta, meta),
-        _less(phase.evaluation, evaluation),
+        _less(meta, target.without_itself(meta) + biases.user_terms(meta)),
+        _less(phase.evaluation, biases.expected(phase.evaluation)),
     )
-
-
-def _target(phase: Phase) -> Biases:
-    return fit_biases(phase.train_target, *_sizes([phase.train_target, phase.evaluation]))
-
-
-def _cold(phase: Phase, source: Biases, target: Biases) -> tuple[Tensor, Tensor]:
-    slope = cold_slope(source, target, phase.train_meta)
-    meta, evaluation = phase.train_meta, phase.evaluation
-    return (
-        target.without_itself(meta) + slope * source.users[meta.users],
-        target.without_user(evaluation) + slope * source.users[evaluation.users],
-    )
-
-
-def _all(split: Split) -> list[Ratings]:
-    return [split.final.train_meta, split.final.evaluation]
-
-
-def _sizes(parts: list[Ratings]) -> tuple[int, int]:
-    """Users and items up to the largest index of all parts."""
-    users, items = (
-        1 + max(int(index.max()) for index in columns)
-        for columns in ([part.users for part in parts], [part.items for part in parts])
-    )
-    return users, items
 
 
 def _less(ratings: Ratings, expected: Tensor) -> Ratings:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from mimnet_fast.cdr import checkpoints, results
-from mimnet_fast.cdr.biases import residuals
+from mimnet_fast.cdr.biases import fit_split, residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.diagnostics import diagnose
@@ -345,7 +345,8 @@ class BaseModels(Stage1):
             history_order=config.history_order,
             history_length=config.history_length,
         )
-        whole = residuals(self.raw) if self.biased else self.raw
+        self.biases = fit_split(dataset, self.raw)
+        whole = residuals(self.raw, self.biases) if self.biased else self.raw
         self.split = keep_overlap(whole, config.overlap, config.seed)
         self._frozen: dict[tuple[PhaseName, bool, bool, bool], FrozenInputs] = {}
 
@@ -407,7 +408,7 @@ class BaseModels(Stage1):
                     torch.cat(tables, 1)
                     for tables in zip(
                         (source_users, source_items, target_items),
-                        profiles(self.dataset, getattr(self.raw, phase)),
+                        profiles(self.dataset, getattr(self.raw, phase), self.biases.final.source),
                         strict=True,
                     )
                 )
@@ -455,7 +456,7 @@ class BaseModels(Stage1):
         """See `Stage1.untrained`."""
         test, found = self.raw.final.evaluation, {}
         for name, (title, predict) in TRIVIAL.items():
-            predicted = predict(self.raw)
+            predicted = predict(self.raw, self.biases)
             scores = errors(predicted, test.values)._asdict()
             totals = user_errors(predicted, test, self.dataset.num_overlap)
             found[name] = Untrained(title, scores, totals)

@@ -13,7 +13,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mimnet_fast.cdr import checkpoints, results
-from mimnet_fast.cdr.biases import cold_slope, fit_biases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
@@ -86,13 +85,14 @@ def pack(prepared: Path, folder: Path) -> Path:
 
 def _biases(stage1: BaseModels) -> dict[str, Tensor]:
     """What is added to the model's ratings, by item and by user."""
-    dataset, data = stage1.dataset, stage1.raw
     if not stage1.biased:
         return {}
-    source = fit_biases(data.train_source, dataset.num_source_users, dataset.num_source_items)
-    target = fit_biases(data.final.train_target, dataset.num_target_users, dataset.num_target_items)
-    slope = cold_slope(source, target, data.final.train_meta)
-    return {"item_biases": target.mean + target.items, "user_biases": slope * source.users}
+    biases = stage1.biases.final
+    target = biases.target
+    return {
+        "item_biases": target.mean + target.items,
+        "user_biases": biases.slope * biases.source.users,
+    }
 
 
 def _fold_in(users: Tensor, items: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:

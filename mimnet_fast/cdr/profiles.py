@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimnet_fast.cdr.biases import SHRINKAGE, fit_biases
+from mimnet_fast.cdr.biases import SHRINKAGE, Biases
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.protocol import Phase
 
@@ -38,15 +38,15 @@ class Profiles(NamedTuple):
     target_items: Tensor
 
 
-def profiles(dataset: Dataset, phase: Phase) -> Profiles:
+def profiles(dataset: Dataset, phase: Phase, biases: Biases) -> Profiles:
     """Profiles of all source users and of the items of both domains.
 
     Args:
         dataset: Its source ratings are known to all phases.
         phase: Its training ratings say how well known a target item is.
+        biases: Of the source domain.
     """
     source, items = dataset.source, dataset.num_source_items
-    biases = fit_biases(source, dataset.num_source_users, items)
     known = _log_counts(source.items, items)
     lowest, highest = source.values.min(), source.values.max()
     users = [

@@ -1,11 +1,13 @@
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.progress import Progress
 
-from mimnet_fast.cdr.biases import cold_slope, fit_biases, residuals
+from mimnet_fast.cdr import biases
+from mimnet_fast.cdr.biases import cold_slope, fit_biases, fit_split, residuals
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
@@ -48,7 +50,7 @@ def test_residuals_never_see_the_ratings_of_cold_users(dataset: Dataset) -> None
     changed = replace(
         data, final=replace(data.final, evaluation=replace(data.final.evaluation, values=other))
     )
-    first, second = residuals(data), residuals(changed)
+    first, second = (residuals(each, fit_split(dataset, each)) for each in (data, changed))
     assert first.final.train_meta.values.equal(second.final.train_meta.values)
     torch.testing.assert_close(
         data.final.evaluation.values - first.final.evaluation.values,
@@ -58,18 +60,23 @@ def test_residuals_never_see_the_ratings_of_cold_users(dataset: Dataset) -> None
 
 def test_errors_of_residuals_are_those_of_ratings(dataset: Dataset) -> None:
     data = split(dataset, 0.25, 7)
-    left = residuals(data).final.evaluation.values
-    expected = errors(TRIVIAL["item_user_bias"][1](data), data.final.evaluation.values)
+    fitted = fit_split(dataset, data)
+    left = residuals(data, fitted).final.evaluation.values
+    expected = errors(TRIVIAL["item_user_bias"][1](data, fitted), data.final.evaluation.values)
     assert errors(torch.zeros_like(left), left) == pytest.approx(expected, abs=1e-6)
 
 
-def test_mimnet_on_biases_beats_the_published_base(dataset: Dataset, tmp_path: Path) -> None:
-    mae = {}
+def test_mimnet_on_biases_beats_the_published_base(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mae, fit = {}, Mock(wraps=fit_biases)
+    monkeypatch.setattr(biases, "fit_biases", fit)
     for base in ("mf", "biased-mf"):
         config = Config(beta=0.25, base=base, base_epochs=2, epochs=2, prototypes=5)
         found = run(dataset, config, ["mimnet"], tmp_path / base, Progress(disable=True))
         mae[base] = found["models"]["mimnet"]["honest"]["mae"]
     assert mae["biased-mf"] < mae["mf"]
+    assert fit.call_count == 2 * 3, "of the source domain, and of the target domain in each phase"
 
 
 def test_unknown_base_is_refused() -> None:

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from scipy import stats
 
 from mimnet_fast.cdr import checkpoints, costs, experiment, reports, training
+from mimnet_fast.cdr.biases import fit_split
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.errors import UserError
@@ -85,7 +86,8 @@ def cell_errors(
     folder = out / f"beta-{beta}" / f"seed-{seed}"
     test = split(dataset, beta, seed).final.evaluation
     if name in TRIVIAL:
-        predicted = TRIVIAL[name][1](split(dataset, beta, seed))
+        data = split(dataset, beta, seed)
+        predicted = TRIVIAL[name][1](data, fit_split(dataset, data))
     else:
         epoch = json.loads((folder / "results.json").read_text())["models"][name][selection]
         file = "target" if name == "tgt" else name

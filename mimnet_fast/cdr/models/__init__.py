@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mimnet_fast.cdr import biases, profiles
+from mimnet_fast.cdr import profiles
+from mimnet_fast.cdr.biases import SplitBiases
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.models import trivial
 from mimnet_fast.cdr.models.ablation import Ablation, Part
@@ -189,11 +190,18 @@ ABLATIONS: dict[str, dict[str, ModelSpec]] = {
 TRAINABLE = MODELS | ABLATIONS["mimnet"] | ABLATIONS["mimnet-released"]
 """All that a run can train."""
 
-TRIVIAL: dict[str, tuple[str, Callable[[Split], Tensor]]] = {
-    "constant": ("middle of scale", trivial.constant),
-    "global_mean": ("global mean", trivial.global_mean),
-    "item_mean": ("item mean", trivial.item_mean),
-    "user_mean": ("source user mean", trivial.user_mean),
-    "item_bias": ("mean + item bias", biases.item_expectation),
-    "item_user_bias": ("mean + item bias + source user bias", biases.cold_expectation),
+TRIVIAL: dict[str, tuple[str, Callable[[Split, SplitBiases], Tensor]]] = {
+    "constant": ("middle of scale", lambda split, _: trivial.constant(split)),
+    "global_mean": ("global mean", lambda split, _: trivial.global_mean(split)),
+    "item_mean": ("item mean", lambda split, _: trivial.item_mean(split)),
+    "user_mean": ("source user mean", lambda split, _: trivial.user_mean(split)),
+    "item_bias": (
+        "mean + item bias",
+        lambda split, biases: biases.final.target.without_user(split.final.evaluation),
+    ),
+    "item_user_bias": (
+        "mean + item bias + source user bias",
+        lambda split, biases: biases.final.expected(split.final.evaluation),
+    ),
 }
+"""Predictors without training: a title, and what they expect of the test ratings."""
