@@ -167,7 +167,8 @@ _SETTINGS: _Options = {
                 help="Base models. mf: matrix factorization without biases, as published; gmf: "
                 "with a weight for each feature; dnn: with a layer for users; biased-mf: of what "
                 "biases leave, with counts and means of ratings as further inputs of MIMNet. Every "
-                "model takes each, but nothing is ranked on biased-mf.",
+                "model takes each, but nothing is ranked on biased-mf, and the ablations "
+                "no-profiles, no-user-weights and no-averaging are of it alone.",
             ),
         ],
         "epochs": Annotated[int, typer.Option(help="Epochs of stage 2.")],
@@ -529,6 +530,15 @@ def ablate(
     model: Annotated[Ablated, typer.Option(help="Whose parts; the public code's are quirks.")] = (
         "mimnet"
     ),
+    without: Annotated[
+        list[str],
+        typer.Option(
+            help="Ablations: of "
+            + ", or of ".join(", ".join(names) for names in ABLATIONS.values())
+            + "; all that --base has.",
+            show_default="all",
+        ),
+    ] = ["all"],  # noqa: B006
     **options: Any,
 ) -> None:
     """Train MIMNet and MIMNet without each of its parts, or its public code without its quirks.
@@ -536,8 +546,8 @@ def ablate(
     ablate.{md,csv,json} and a plot in --out are brought up to date after every trained model.
     """
     config = _config(options)
-    specs = {model: MODELS[model], **ABLATIONS[model]}
-    variants = _chosen("parts", ["all"], specs, RATING, config)
+    whole = Variant(model, MODELS[model].title, model)
+    variants = whole, *_chosen("without", without, ABLATIONS[model], RATING, config)
     _run_grid("ablate", variants, dataset, out, RATING, config, reference=model, **options)
 
 

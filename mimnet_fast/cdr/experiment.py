@@ -348,7 +348,7 @@ class BaseModels(Stage1):
         self.biases = fit_split(dataset, self.raw)
         whole = residuals(self.raw, self.biases) if self.biased else self.raw
         self.split = keep_overlap(whole, config.overlap, config.seed)
-        self._frozen: dict[tuple[PhaseName, bool, bool, bool], FrozenInputs] = {}
+        self._frozen: dict[tuple[PhaseName, bool, bool, bool, bool], FrozenInputs] = {}
 
     def source(self, phase: PhaseName = "final") -> tuple[MatrixFactorization, list[Epoch]]:
         """Source model, the same in both phases; its curve is measured on its training ratings."""
@@ -384,7 +384,13 @@ class BaseModels(Stage1):
 
     def frozen(self, phase: PhaseName, model: TransferModel | type[TransferModel]) -> FrozenInputs:
         """What a transfer model is given in a phase."""
-        key = phase, model.uses_profiles, model.uses_prototypes, model.clusters_untrained_rows
+        key = (
+            phase,
+            model.uses_profiles,
+            model.weighs_users,
+            model.uses_prototypes,
+            model.clusters_untrained_rows,
+        )
         if key not in self._frozen:
             self._frozen[key] = self._freeze(phase, model)
         return self._frozen[key]
@@ -401,17 +407,17 @@ class BaseModels(Stage1):
             )
         )
         user_weights = None
-        if self.biased:
+        if self.biased and model.weighs_users:
             user_weights = _user_weights(getattr(self.split, phase), self.dataset.num_overlap)
-            if model.uses_profiles:
-                source_users, source_items, target_items = (
-                    torch.cat(tables, 1)
-                    for tables in zip(
-                        (source_users, source_items, target_items),
-                        profiles(self.dataset, getattr(self.raw, phase), self.biases.final.source),
-                        strict=True,
-                    )
+        if self.biased and model.uses_profiles:
+            source_users, source_items, target_items = (
+                torch.cat(tables, 1)
+                for tables in zip(
+                    (source_users, source_items, target_items),
+                    profiles(self.dataset, getattr(self.raw, phase), self.biases.final.source),
+                    strict=True,
                 )
+            )
         inputs = FrozenInputs(
             histories=self.split.histories,
             lengths=self.split.lengths,
@@ -435,12 +441,13 @@ class BaseModels(Stage1):
         config = self.config
         model = seeded_module(partial(build, config), config.seed, name)
         inputs = self.frozen(phase, model)
-        regularization = (BIASED_TRANSFER_DECAY, BIASED_AVERAGING) if self.biased else (0.0, 0.0)
+        decay = BIASED_TRANSFER_DECAY if self.biased else 0.0
+        averaging = BIASED_AVERAGING if self.biased and model.averages else 0.0
         return Job(
             model,
             lambda *batch: model.loss(inputs, batch, generator),
             model.examples(inputs, data),
-            Schedule(config.epochs, config.batch_size, config.learning_rate, *regularization),
+            Schedule(config.epochs, config.batch_size, config.learning_rate, decay, averaging),
             partial(evaluate, partial(model, inputs), data.evaluation),
         )
 

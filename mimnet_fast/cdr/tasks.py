@@ -50,7 +50,12 @@ class Task(ABC):
 
     def refusal(self, model: str, config: Config) -> str | None:
         """Why a model cannot take part."""
-        return None if model in TRAINABLE else "it is not known"
+        if model not in TRAINABLE:
+            return "it is not known"
+        needed = TRAINABLE[model].only_on
+        if needed not in (None, config.base):
+            return f"base {config.base} has nothing that it leaves out, take base {needed}"
+        return None
 
     def check(self, models: Iterable[str], config: Config) -> None:
         """Refuse what cannot take part, before anything is trained.

@@ -1,16 +1,21 @@
 """MIMNet without a part is MIMNet but for that part."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.progress import Progress
 from torch import Tensor
+from typer.testing import CliRunner
 
 from mimnet_fast.cdr import reports
-from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.cli import app
+from mimnet_fast.cdr.config import Base, Config
 from mimnet_fast.cdr.dataset import Dataset
+from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.experiment import BIASED_AVERAGING, BaseModels, run
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import (
     ABLATIONS,
@@ -20,7 +25,9 @@ from mimnet_fast.cdr.models import (
     MIMNet,
 )
 from mimnet_fast.cdr.models.ablation import Part
+from mimnet_fast.cdr.profiles import WIDTH
 
+QUIET = Progress(disable=True)
 FEATURES, HIDDEN, LENGTH, USERS = 4, 6, 5, 8
 SIZES = {"interests": 3, "iterations": 2, "history_length": LENGTH, "backend": "reference"}
 ITEMS = torch.arange(USERS) % 7
@@ -130,17 +137,52 @@ def test_every_ablation_trains_all_of_its_parameters(inputs: FrozenInputs) -> No
     assert TRAINABLE["single-interest"].build(config).evaluation_logits.shape == (1, 1, 20)
 
 
-@pytest.mark.parametrize("model", ["mimnet", "mimnet-released"])
+@pytest.mark.parametrize(("model", "base"), [("mimnet", "biased-mf"), ("mimnet-released", "mf")])
 def test_ablations_run_in_a_grid(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, base: Base
 ) -> None:
     monkeypatch.setattr(reports, "PLOTS", False)
-    config = Config(base_epochs=1, epochs=1, prototypes=5, backend="reference")
+    config = Config(base=base, base_epochs=1, epochs=1, prototypes=5, backend="reference")
     names = (model, *ABLATIONS[model])
     variants = tuple(Variant(name, TRAINABLE[name].title, name) for name in names)
     plan = Plan("ablate", variants, (0.25,), (2,), reference=model)
-    found = run_grid(dataset, config, plan, tmp_path, Progress(disable=True))
+    found = run_grid(dataset, config, plan, tmp_path, QUIET)
     rows = {row["name"]: row for row in found["rows"] if not row["trivial"]}
     assert list(rows) == list(names)
     assert len({row["honest"]["mae"]["mean"] for row in rows.values()}) == len(names)
     assert len(list(tmp_path.glob("**/source.safetensors"))) == 1
+
+
+def test_what_biased_mf_adds_is_left_out_one_by_one(dataset: Dataset, tmp_path: Path) -> None:
+    config = Config(beta=0.25, base="biased-mf", base_epochs=1, prototypes=5)
+    stage1 = BaseModels(dataset, config, tmp_path, QUIET)
+    profiled = config.features + WIDTH
+    for name, width, weighted, averaging in (
+        ("mimnet", profiled, True, BIASED_AVERAGING),
+        ("no-profiles", config.features, True, BIASED_AVERAGING),
+        ("no-user-weights", profiled, False, BIASED_AVERAGING),
+        ("no-averaging", profiled, True, 0.0),
+    ):
+        job = stage1.job(name, "final", torch.Generator())
+        inputs = stage1.frozen("final", job.module)
+        tables = inputs.source_users, inputs.source_items, inputs.target_items
+        assert {table.shape[1] for table in tables} == {width}
+        assert (inputs.user_weights is not None) == weighted
+        assert job.schedule.averaging == averaging
+        job.loss(*(column[:9] for column in job.examples)).backward()
+    with pytest.raises(UserError, match="'no-profiles', but base mf has nothing that it leaves ou"):
+        run(dataset, replace(config, base="mf"), ["no-profiles"], tmp_path / "mf", QUIET)
+
+
+def test_the_command_takes_the_ablations_of_the_base(prepared: Path, tmp_path: Path) -> None:
+    quick = ["--base-epochs", 1, "--epochs", 1, "--seeds", 1, "--prototypes", 5]
+    arguments = ["ablate", prepared, "--out", tmp_path, "--without", "no-profiles", *quick]
+    refused, done = (
+        CliRunner().invoke(app, [*map(str, arguments), "--base", base])
+        for base in ("mf", "biased-mf")
+    )
+    assert refused.exit_code == 2
+    assert "base mf has nothing that it leaves out, take base biased-mf" in refused.stderr
+    assert done.exit_code == 0, done.output
+    assert "no profiles" in done.stdout
+    assert "no fine attention" not in done.stdout

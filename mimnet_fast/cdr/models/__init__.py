@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimnet_fast.cdr import profiles
 from mimnet_fast.cdr.biases import SplitBiases
-from mimnet_fast.cdr.config import Config
+from mimnet_fast.cdr.config import Base, Config
 from mimnet_fast.cdr.models import trivial
 from mimnet_fast.cdr.models.ablation import Ablation, Part
 from mimnet_fast.cdr.models.cmf import JointTables
@@ -62,6 +62,8 @@ class ModelSpec:
     """Fields of `Config` that stage 2 depends on, beside those of the base models."""
     base: Literal["target", "joint"] = "target"
     """Without a stage 2: the target base model itself, or a base model of both domains."""
+    only_on: Base | None = None
+    """The one base model that has what an ablation leaves out."""
 
 
 _SETTINGS = ("epochs", "batch_size", "overlap")
@@ -147,6 +149,11 @@ _WITHOUT: dict[str, tuple[str, tuple[Part, ...]]] = {
     "no-capsules": ("no capsules", ("capsules",)),
     "single-bridge": ("single bridge", ("bridges",)),
 }
+_WITHOUT_ON_BIASES = {
+    "no-profiles": ("no profiles", "uses_profiles"),
+    "no-user-weights": ("no user weights", "weighs_users"),
+    "no-averaging": ("no averaging", "averages"),
+}
 _OURS = "a part of MIMNet replaced, see `Ablation`"
 
 _QUIRKS: dict[str, dict[str, Any]] = {
@@ -174,6 +181,16 @@ ABLATIONS: dict[str, dict[str, ModelSpec]] = {
             _single_interest,
             tuple(setting for setting in _MIMNET_SETTINGS if setting != "interests"),
         )
+    }
+    | {
+        name: ModelSpec(
+            title,
+            "MIMNet without an addition of the base biased-mf",
+            partial(_routed, model=type("MIMNet", (MIMNet,), {addition: False})),
+            _MIMNET_SETTINGS,
+            only_on="biased-mf",
+        )
+        for name, (title, addition) in _WITHOUT_ON_BIASES.items()
     },
     "mimnet-released": {
         f"no-{quirk.replace('_', '-')}": ModelSpec(

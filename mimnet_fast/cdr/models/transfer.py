@@ -59,6 +59,8 @@ class TransferModel(Module):
     uses_prototypes = False
     uses_profiles = False
     """Whether vectors are given with `profiles` where the base model has them."""
+    weighs_users = averages = True
+    """Whether errors are weighted by their users and parameters averaged on `biased-mf`."""
     clusters_untrained_rows = False
     """Whether prototypes are also made of as many untrained rows as there are source items."""
 
