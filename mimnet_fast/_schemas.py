@@ -72,6 +72,17 @@ SCHEMAS = (
     f"{_FUSION}, Tensor? excluded, Tensor? excluded_offsets, int k) -> {_tensors(2)}",
 )
 
+IN_PLACE = (
+    # -> losses [ceil(N / batch_size)]
+    "matrix_factorization_adam_(Tensor(a!) user_table, Tensor(b!) item_table, "
+    "Tensor(c!) user_first, Tensor(d!) user_second, Tensor(e!) item_first, Tensor(f!) item_second, "
+    "Tensor user_ids, Tensor item_ids, Tensor ratings, int batch_size, int first_step, "
+    "float learning_rate, float beta1, float beta2, float eps) -> Tensor",
+)
+"""Ops without Triton kernels, which change their arguments."""
+
+for _schema in IN_PLACE:
+    LIBRARY.define(_schema)
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
     LIBRARY.define(_schema.replace("(", "_triton(", 1))

@@ -82,4 +82,10 @@ Tensors2 catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes,
                          Tensor fusion_bias, OptionalTensor excluded,
                          OptionalTensor excluded_offsets, int64_t k);
 
+Tensor matrix_factorization_adam(Tensor user_table, Tensor item_table, Tensor user_first,
+                                 Tensor user_second, Tensor item_first, Tensor item_second,
+                                 Tensor user_ids, Tensor item_ids, Tensor ratings,
+                                 int64_t batch_size, int64_t first_step, double learning_rate,
+                                 double beta1, double beta2, double eps);
+
 }  // namespace mimnet_fast::binding

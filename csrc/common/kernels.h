@@ -118,6 +118,19 @@ struct CatalogueArgs {
   Execution execution;
 };
 
+struct FactorizationArgs {
+  // Contiguous: [U,D] and [I,D], each with Adam's moments, all updated in place.
+  View user_table, user_first, user_second;
+  View item_table, item_first, item_second;
+  View user_ids, item_ids;  // int64 [N], contiguous
+  View ratings;             // [N], contiguous
+  int64_t batch_size;
+  int64_t first_step;  // Adam's count of the steps before
+  double learning_rate, beta1, beta2, eps;
+  View losses;  // [ceil(N / batch_size)]
+  Execution execution;
+};
+
 struct Kernels {
   const char* target;
   void (*squash)(const SquashArgs&);
@@ -133,6 +146,7 @@ struct Kernels {
   void (*mimnet_forward)(const MIMNetArgs&);
   void (*mimnet_forward_backward)(const MIMNetArgs&);
   void (*catalogue_top_k)(const CatalogueArgs&);
+  void (*matrix_factorization_adam)(const FactorizationArgs&);  // null on accelerators
 };
 
 // Those of the library that this is linked into, for the device at hand.

@@ -20,5 +20,6 @@ void multi_granularity_attention_backward(const MultiGranularityArgs& args);
 void mimnet_forward(const MIMNetArgs& args);
 void mimnet_forward_backward(const MIMNetArgs& args);
 void catalogue_top_k(const CatalogueArgs& args);
+void matrix_factorization_adam(const FactorizationArgs& args);
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -21,6 +21,7 @@ const Kernels& kernels() {
       mimnet_forward,
       mimnet_forward_backward,
       catalogue_top_k,
+      matrix_factorization_adam,
   };
   return table;
 }

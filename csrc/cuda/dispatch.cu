@@ -16,6 +16,7 @@ const mimnet_fast::Kernels& mimnet_fast::kernels() {
       cuda::mimnet_forward,
       cuda::mimnet_forward_backward,
       cuda::catalogue_top_k,
+      nullptr,
   };
   return table;
 }

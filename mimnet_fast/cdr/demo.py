@@ -26,10 +26,10 @@ from mimnet_fast.cdr.experiment import BaseModels, run
 from mimnet_fast.cdr.models import MODELS, MIMNet
 from mimnet_fast.cdr.synthetic import Synthetic
 from mimnet_fast.cdr.training import (
+    SquaredError,
     adam,
     seeded_generator,
     seeded_module,
-    squared_error,
     training_step,
 )
 
@@ -129,7 +129,7 @@ def _stepper(stage1: BaseModels, backend: str, *, compiled: bool = False) -> Cal
     generator = seeded_generator(config.seed, "compared batches")
     forward = torch.compile(model) if compiled else model
     inputs = stage1.frozen("final", MIMNet)
-    loss = squared_error(partial(forward, inputs, generator=generator))
+    loss = SquaredError(partial(forward, inputs, generator=generator))
     optimizer = adam(model, config.learning_rate)
     data = stage1.split.final.train_meta
     whole = len(data) - len(data) % config.batch_size

@@ -52,10 +52,10 @@ from mimnet_fast.cdr.training import (
     Epoch,
     Loss,
     Schedule,
+    SquaredError,
     fit,
     seeded_generator,
     seeded_module,
-    squared_error,
     stored_predictions,
 )
 
@@ -377,7 +377,7 @@ class BaseModels(Stage1):
             users,
             items,
             train.columns(),
-            lambda model, generator: squared_error(model),
+            lambda model, generator: SquaredError(model),
             lambda model: evaluate(model, measured),
             **options,
         )
@@ -437,7 +437,7 @@ class BaseModels(Stage1):
             joint = self.factorization(name, tables.users, tables.items)
             examples = tables.examples(self.split.train_source, data)
             measured = partial(evaluate, tables.predict(joint), data.evaluation)
-            return Job(joint, squared_error(joint), examples, self.schedule, measured)
+            return Job(joint, SquaredError(joint), examples, self.schedule, measured)
         config = self.config
         model = seeded_module(partial(build, config), config.seed, name)
         inputs = self.frozen(phase, model)

@@ -21,11 +21,15 @@ from torch.nn import Module
 from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
+from mimnet_fast import backends, ops
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import Evaluation, Predict
+from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 
 _STEPS_PER_REFRESH = 20
+_FUSED_STEPS = 20 * 1024
+"""Of a call: few enough to interrupt a run soon, more than enough to spread the cost of a call."""
 _PREDICTIONS = "predictions"
 _Module = TypeVar("_Module", bound=Module)
 
@@ -68,9 +72,15 @@ def adam(module: Module, learning_rate: float, weight_decay: float = 0.0) -> Ada
     return Adam(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
-def squared_error(predict: Predict) -> Loss:
+@dataclass(frozen=True)
+class SquaredError:
     """The mean squared error of ``predict``: called with users, items and their ratings."""
-    return lambda users, items, values: mse_loss(predict(users, items), values)
+
+    predict: Predict
+
+    def __call__(self, users: Tensor, items: Tensor, values: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return mse_loss(self.predict(users, items), values)
 
 
 def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
@@ -80,6 +90,43 @@ def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
     value.backward()
     optimizer.step()
     return value.detach()
+
+
+def fused_steps(
+    loss: Loss, schedule: Schedule
+) -> Callable[[Optimizer, tuple[Tensor, ...]], Tensor] | None:
+    """What makes all steps on columns of the training data in one call, and gives their losses.
+
+    None where there is no kernel: it is for the squared error of a matrix factorization, without
+    weight decay or averaging.
+    """
+    if not isinstance(loss, SquaredError) or type(loss.predict) is not MatrixFactorization:
+        return None
+    if schedule.weight_decay or schedule.averaging or backends.available("cpu")["native"]:
+        return None
+    tables = loss.predict.users.weight, loss.predict.items.weight
+
+    def take(optimizer: Optimizer, columns: tuple[Tensor, ...]) -> Tensor:
+        of_users, of_items = states = [optimizer.state[table] for table in tables]
+        for table, state in zip(tables, states, strict=True):
+            if not state:  # as torch has it after its first step
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(table, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(table, requires_grad=False)
+        losses = ops.matrix_factorization_adam_(
+            *tables,
+            (of_users["exp_avg"], of_users["exp_avg_sq"]),
+            (of_items["exp_avg"], of_items["exp_avg_sq"]),
+            *columns,
+            batch_size=schedule.batch_size,
+            first_step=int(of_users["step"]),
+            learning_rate=schedule.learning_rate,
+        )
+        for state in states:
+            state["step"] += len(losses)
+        return losses
+
+    return take
 
 
 def fit(
@@ -131,13 +178,17 @@ def fit(
     batches = -(-len(examples[0]) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
+    take_steps = fused_steps(loss, schedule)
     for epoch in range(len(curve) + 1, schedule.epochs + 1):
         losses = torch.empty(batches)
         order = torch.randperm(len(examples[0]), generator=generator)
-        columns = (column[order].split(schedule.batch_size) for column in examples)
-        slices = zip(*columns, strict=True)
-        for step, batch in enumerate(slices):
-            losses[step] = training_step(optimizer, loss, *batch)
+        at_once = 1 if take_steps is None else _FUSED_STEPS
+        columns = (column[order].split(at_once * schedule.batch_size) for column in examples)
+        for step, batch in zip(range(0, batches, at_once), zip(*columns, strict=True), strict=True):
+            if take_steps is None:
+                losses[step] = training_step(optimizer, loss, *batch)
+            else:
+                losses[step : step + at_once] = take_steps(optimizer, batch)
             if average is not None:
                 average.update((epoch - 1) * batches + step)
             if step % _STEPS_PER_REFRESH == 0:

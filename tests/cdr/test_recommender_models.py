@@ -21,10 +21,10 @@ from mimnet_fast.cdr.models import (
 from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
 from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.training import (
+    SquaredError,
     adam,
     seeded_generator,
     seeded_module,
-    squared_error,
     training_step,
 )
 
@@ -94,7 +94,7 @@ def test_first_losses_of_kernels_and_reference_agree(inputs: FrozenInputs) -> No
 
         losses[backend] = torch.stack(
             [
-                training_step(optimizer, squared_error(predict), *batch)
+                training_step(optimizer, SquaredError(predict), *batch)
                 for batch in zip(users, items, values, strict=True)
             ]
         )

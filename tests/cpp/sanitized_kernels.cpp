@@ -404,6 +404,44 @@ void catalogue_case(DType t, Shape s, int64_t items, bool kept) {
   scores.check("catalogue_top_k");
 }
 
+// Batches with the last one shorter, rows in several of them and in none.
+void factorization_case(DType t, Shape s) {
+  const int64_t users = 3 * s.b, items = 2 * s.l, ratings = 4 * s.b + 1;
+  Tensor user_table = Tensor(t, {users, s.d}).random();
+  Tensor item_table = Tensor(t, {items, s.d}).random();
+  const auto zero = [] { return 0.0; };
+  Tensor user_first = Tensor(t, {users, s.d}).fill(zero);
+  Tensor user_second = Tensor(t, {users, s.d}).fill(zero);
+  Tensor item_first = Tensor(t, {items, s.d}).fill(zero);
+  Tensor item_second = Tensor(t, {items, s.d}).fill(zero);
+  Tensor user_ids = Tensor(DType::int64, {ratings}).integers(users);
+  Tensor item_ids = Tensor(DType::int64, {ratings}).integers(items);
+  Tensor truth = Tensor(t, {ratings}).random();
+  const int64_t batch = s.k;
+  Tensor losses(t, {(ratings + batch - 1) / batch});
+  FactorizationArgs args{};
+  args.user_table = user_table;
+  args.user_first = user_first;
+  args.user_second = user_second;
+  args.item_table = item_table;
+  args.item_first = item_first;
+  args.item_second = item_second;
+  args.user_ids = user_ids;
+  args.item_ids = item_ids;
+  args.ratings = truth;
+  args.batch_size = batch;
+  args.learning_rate = 0.01;
+  args.beta1 = 0.9;
+  args.beta2 = 0.999;
+  args.eps = 1e-8;
+  args.losses = losses;
+  args.execution.parallel = two_threads();
+  kernels().matrix_factorization_adam(args);
+  losses.check("losses of a matrix factorization");
+  user_table.check("users of a matrix factorization");
+  item_table.check("items of a matrix factorization");
+}
+
 }  // namespace
 
 int main() {
@@ -416,6 +454,7 @@ int main() {
     for (const bool kept : {false, true}) catalogue_case(t, {150, 0, 2, 5, 0}, 1100, kept);
     for (const Shape& s : shapes) {
       squash_case(t, s);
+      factorization_case(t, s);
       for (int weight = 0; weight <= 4; ++weight) {
         for (const SoftmaxAxis axis : {SoftmaxAxis::capsules, SoftmaxAxis::inputs}) {
           for (const Padding p : {Padding::zero_after, Padding::fill_before, Padding::ignore}) {
