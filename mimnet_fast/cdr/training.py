@@ -23,7 +23,7 @@ from torch.optim import Adam, Optimizer
 
 from mimnet_fast import backends, ops
 from mimnet_fast.cdr import checkpoints
-from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.errors import UserError, require_same
 from mimnet_fast.cdr.evaluation import Evaluation, Predict
 from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
 
@@ -283,12 +283,7 @@ def _restore(
     generator: torch.Generator,
 ) -> tuple[list[Epoch], list[Tensor]]:
     tensors, record = checkpoints.load(path)
-    stored = record["identity"]
-    if changed := [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]:
-        was = ", ".join(f"{key} = {stored.get(key)} (now {identity.get(key)})" for key in changed)
-        raise UserError(
-            f"{path} was trained with {was}: name another --out or use the same settings"
-        )
+    require_same(f"{path} was trained", record["identity"], identity)
     state: dict[int, dict[str, Tensor]] = {}
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
