@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -138,7 +138,7 @@ def train_models(stage1: Stage1, models: Iterable[str], folder: Path) -> dict[st
         require_same(f"{folder} holds results", before.get("task", {}), stage1.task.settings)
     found: dict[str, Any] = {
         name: {"title": each.title, **results.without_training(each.scores)}
-        for name, each in stage1.untrained().items()
+        for name, each in stage1.untrained.items()
     }
     found |= before.get("models", {})
     header = results.header(stage1.dataset, stage1.config, stage1.split, stage1.task)
@@ -235,6 +235,7 @@ class Stage1(ABC):
     def measured(self) -> str:
         """A sentence about what is measured."""
 
+    @property
     @abstractmethod
     def untrained(self) -> dict[str, Untrained]:
         """Predictors without training, by name."""
@@ -459,6 +460,7 @@ class BaseModels(Stage1):
             f"{self.dataset.num_overlap} users of both domains."
         )
 
+    @cached_property
     def untrained(self) -> dict[str, Untrained]:
         """See `Stage1.untrained`."""
         test, found = self.raw.final.evaluation, {}

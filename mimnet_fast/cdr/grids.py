@@ -194,7 +194,7 @@ class _Cells:
                 },
                 trivial=True,
             )
-            for name, each in self.stage1.untrained().items()
+            for name, each in self.stage1.untrained.items()
         ]
 
     def has(self, variant: Variant) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -120,7 +120,8 @@ class Ranking(Task):
         """See `Task.refusal`."""
         if model in RANKED:
             return None
-        return _REFUSED.get(model, "no way is known to rank by it")
+        reason = _REFUSED.get(model, "no way is known to rank by it")
+        return f"{reason}: need one of {', '.join(RANKED)}"
 
     def check(self, models: Iterable[str], config: Config) -> None:
         """See `Task.check`."""
@@ -155,7 +156,7 @@ class RankingModels(Stage1):
     def __init__(
         self, task: Ranking, dataset: Dataset, config: Config, folder: Path, progress: Progress
     ) -> None:
-        if task.protocol == "leave-last-out":
+        if not task.cold:
             config = replace(config, history_order="time")
         identity = {name: getattr(task, name) for name in ("objective", "protocol", "negatives")}
         super().__init__(
@@ -201,7 +202,7 @@ class RankingModels(Stage1):
     def source(self, phase: PhaseName) -> tuple[MatrixFactorization, list[Epoch]]:
         """See `Stage1.source`; under cold-start the same in both phases."""
         data, users, items = self.data(phase), *self._source_size()
-        name = "source" if self.task.protocol == "cold" else f"{phase}/source"
+        name = "source" if self.task.cold else f"{phase}/source"
         return self._ranked(
             name,
             users,
@@ -261,6 +262,7 @@ class RankingModels(Stage1):
         rows = users if data.train_histories is None else torch.arange(len(users))
         return Job(model, loss, (rows, users, items), schedule, evaluate)
 
+    @cached_property
     def untrained(self) -> dict[str, Untrained]:
         """See `Stage1.untrained`: chance and popularity."""
         data, count = self.split.final, self.dataset.num_target_items

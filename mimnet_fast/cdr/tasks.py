@@ -49,12 +49,12 @@ class Task(ABC):
         """The base models of a run, made when first asked for."""
 
     def refusal(self, model: str, config: Config) -> str | None:
-        """Why a model cannot take part."""
+        """Why a model cannot take part, and what is needed."""
         if model not in TRAINABLE:
-            return "it is not known"
+            return f"it is not known: need one of {', '.join(TRAINABLE)}"
         needed = TRAINABLE[model].only_on
         if needed not in (None, config.base):
-            return f"base {config.base} has nothing that it leaves out, take base {needed}"
+            return f"base {config.base} has nothing that it leaves out: need base {needed}"
         return None
 
     def check(self, models: Iterable[str], config: Config) -> None:
@@ -65,7 +65,4 @@ class Task(ABC):
         """
         for name in models:
             if reason := self.refusal(name, config):
-                others = [each for each in TRAINABLE if not self.refusal(each, config)]
-                raise UserError(
-                    f"model: got {name!r}, but {reason}: need one of {', '.join(others)}"
-                )
+                raise UserError(f"model: got {name!r}, but {reason}")

@@ -182,7 +182,7 @@ def test_the_command_takes_the_ablations_of_the_base(prepared: Path, tmp_path: P
         for base in ("mf", "biased-mf")
     )
     assert refused.exit_code == 2
-    assert "base mf has nothing that it leaves out, take base biased-mf" in refused.stderr
+    assert "base mf has nothing that it leaves out: need base biased-mf" in refused.stderr
     assert done.exit_code == 0, done.output
     assert "no profiles" in done.stdout
     assert "no fine attention" not in done.stdout
