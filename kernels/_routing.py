@@ -112,6 +112,26 @@ def times_weight_transposed(
 
 
 @triton.jit
+def history_of(offsets, user, users, length):
+    """The user, first row and length of a history in tensors of positions.
+
+    Those of jagged histories belong to a single user with ``length`` rows. The host has not looked
+    at the offsets: bounded, every row is in a history, and no history leaves the rows.
+    """
+    first = user * 0
+    own_length = length
+    if offsets is not None:
+        is_last = user + 1 == users
+        first = tl.load(offsets + user, mask=user > 0, other=0).to(tl.int64)
+        first = tl.minimum(tl.maximum(first, 0), length)
+        end = tl.load(offsets + user + 1, mask=~is_last, other=0).to(tl.int64)
+        end = tl.where(is_last, length, tl.minimum(tl.maximum(end, first), length))
+        own_length = (end - first).to(length.dtype)
+        user = user * 0
+    return user, first, own_length
+
+
+@triton.jit
 def load_inputs(
     inputs,
     start,
@@ -198,7 +218,7 @@ def inverse_norm(norm2):
 
 @triton.jit
 def load_inverse_norms(
-    inverse_norms, x, start, length, OWN_VOTES: tl.constexpr, WEIGHT: tl.constexpr,
+    inverse_norms, x, start, stride_k, length, OWN_VOTES: tl.constexpr, WEIGHT: tl.constexpr,
     K: tl.constexpr, K_TILE: tl.constexpr, L_TILE: tl.constexpr,
 ):  # fmt: skip
     """One over the lengths of a tile's votes, [K_TILE, L_TILE], or [1, L_TILE] if all agree."""
@@ -209,8 +229,8 @@ def load_inverse_norms(
         votes = x.to(tl.float32)
         inverse = inverse_norm(tl.sum(votes * votes, 1)[None, :])
     else:
-        stride_k = 0 if WEIGHT == SHARED else length
-        inverse = load_logits(inverse_norms, start, stride_k, 1, length, K, K_TILE, L_TILE)
+        of_capsule = 0 if WEIGHT == SHARED else stride_k
+        inverse = load_logits(inverse_norms, start, of_capsule, 1, length, K, K_TILE, L_TILE)
     return inverse
 
 
@@ -260,8 +280,9 @@ def _inverse_norms_kernel(
     D_TILE: tl.constexpr,
 ):
     """One over the lengths of a tile's votes for one capsule."""
-    user, k = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    at = tl.program_id(1).to(tl.int64) * L_TILE + tl.arange(0, L_TILE)[:, None]
+    tiles = tl.cdiv(length, L_TILE)
+    user, k = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
+    at = (tl.program_id(0) % tiles).to(tl.int64) * L_TILE + tl.arange(0, L_TILE)[:, None]
     inputs += user * inputs_stride_b + at * inputs_stride_l
     weight += user * weight_stride_b + k.to(tl.int64) * weight_stride_k
     norm2 = tl.zeros([L_TILE, 1], tl.float32)
@@ -282,7 +303,7 @@ def _inverse_norms_kernel(
             )
             votes += product(x, w, weight.dtype.element_ty)
         norm2 += tl.sum(votes * votes, 1, keep_dims=True)
-    out += (user * tl.num_programs(2) + k) * length + at
+    out += (user * tl.num_programs(1) + k) * length + at
     tl.store(out, inverse_norm(norm2), mask=at < length)
 
 
@@ -363,9 +384,30 @@ def strides_of(tensor: Tensor | None, dims: int) -> list[int]:
     return [0] * (dims - len(strides)) + strides
 
 
+def input_strides(inputs: Tensor) -> list[int]:
+    """Strides [B, K, L, D_in]; jagged inputs are those of a single user."""
+    return strides_of(inputs if inputs.dim() == 4 else inputs.unsqueeze(-3), 4)
+
+
+def logit_strides(logits: Tensor | None) -> list[int]:
+    """Strides [B, K, L], and again [L] where the logits of jagged inputs follow one another."""
+    own = strides_of(logits, 3)
+    return [*own, own[-1] if logits is not None and logits.dim() == 2 else 0]
+
+
 def mask_strides(mask: Tensor | None) -> list[int]:
     """Strides [B, L] of a mask or of lengths."""
     return [mask.stride(0), 0] if mask is not None and mask.dim() == 1 else strides_of(mask, 2)
+
+
+def offsets_or_mask(mask: Tensor | None, jagged: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What the mask of an op is: the offsets of jagged inputs, else a mask or lengths."""
+    return (mask.contiguous(), None) if jagged else (None, mask)
+
+
+def usual_length(rows: int, offsets: Tensor | None) -> int:
+    """Positions of a history: all rows, or with offsets the mean; a device knows the longest."""
+    return rows if offsets is None else triton.cdiv(rows, max(1, offsets.shape[0] - 1))
 
 
 def tiles_of(
@@ -411,7 +453,7 @@ def inverse_norms_of(inputs: Tensor, weight: Tensor) -> Tensor:
     l_tile = min(padded(length, 16), 32)
     launch(
         _inverse_norms_kernel,
-        (batch, triton.cdiv(length, l_tile), rows),
+        (batch * triton.cdiv(length, l_tile), rows),
         inputs,
         weight,
         out,

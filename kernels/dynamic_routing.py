@@ -12,6 +12,8 @@ votes per capsule are products elementwise. Where the weight exceeds a tile, the
 in chunks of their D, once for the length and once for the result; a single chunk is formed once,
 because the compiler finds the two equal.
 
+Jagged histories are those of one long user, in whose rows every program finds its own by offsets.
+
 Replaced logits need the last capsules alone in ``back``; those that add to the coupling read it
 from where the last iteration left it. Normalised votes divide the agreement by their lengths. With
 a weight these are products of all inputs, formed once, by a kernel of their own.
@@ -37,17 +39,22 @@ from ._routing import (
     SHARED,
     ZERO_AFTER,
     RoutingOptions,
+    history_of,
+    input_strides,
     inverse_norms_of,
     load_inputs,
     load_inverse_norms,
     load_logits,
     load_real,
+    logit_strides,
     mask_strides,
+    offsets_or_mask,
     squared_lengths,
     strides_of,
     tiles_of,
     times_weight,
     times_weight_transposed,
+    usual_length,
     votes_of,
 )
 from ._tiles import bound, product
@@ -72,18 +79,20 @@ def _finish_softmax(
         tl.store(logits + at, share, mask=here)
 
 
-@triton.jit(do_not_specialize=["length", "iterations"])
+@triton.jit(do_not_specialize=["rows", "logits_length", "iterations"])
 def _dynamic_routing_forward_kernel(
     inputs,
     weight,
     logits,
+    offsets,
     mask,
     capsule_mask,
     inverse_norms,
     out,
     coupling,
     pooled_out,
-    length,
+    rows,
+    logits_length,
     iterations,
     inputs_stride_b,
     inputs_stride_k,
@@ -95,6 +104,7 @@ def _dynamic_routing_forward_kernel(
     logits_stride_b,
     logits_stride_k,
     logits_stride_l,
+    logits_stride_t,
     mask_stride_b,
     mask_stride_l,
     capsule_mask_stride_b,
@@ -122,34 +132,39 @@ def _dynamic_routing_forward_kernel(
     STORAGE: tl.constexpr = inputs.dtype.element_ty
     TRACE: tl.constexpr = out is None
     user = tl.program_id(0).to(tl.int64)
-    inputs += user * inputs_stride_b
+    owner, first_row, length = history_of(offsets, user, tl.num_programs(0), rows)
+    rows = rows.to(tl.int64)
+    known = length
+    if logits_length is not None:
+        known = tl.minimum(length, logits_length)
+    inputs += owner * inputs_stride_b + first_row * inputs_stride_l
     if logits is not None:
-        logits += user * logits_stride_b
+        logits += user * logits_stride_b + first_row * logits_stride_t
     if mask is not None:
         mask += user * mask_stride_b
     if inverse_norms is not None:
-        inverse_norms += user * length * (1 if WEIGHT == SHARED else K)
+        inverse_norms += owner * rows * (1 if WEIGHT == SHARED else K) + first_row
     k = tl.arange(0, K_TILE)[:, None]
     i = tl.arange(0, I_TILE)[None, :]
     # With a trace, those of each iteration, in the first of 2 R - 1 places.
-    places = user * (2 * iterations - 1 if TRACE else 1)
-    coupling += (places * K + k) * length
-    pooled_out += (places * K + k) * D_IN
+    places = 2 * iterations - 1 if TRACE else 1
+    coupling += (owner * places * K + k) * rows + first_row
+    pooled_out += (user * places * K + k) * D_IN
     present = k < K
     if capsule_mask is not None:
-        offsets = user * capsule_mask_stride_b + k.to(tl.int64) * capsule_mask_stride_k
-        present = tl.load(capsule_mask + offsets, mask=present, other=0) != 0
+        at = user * capsule_mask_stride_b + k.to(tl.int64) * capsule_mask_stride_k
+        present = tl.load(capsule_mask + at, mask=present, other=0) != 0
 
     if WHOLE:
         x = load_inputs(
             inputs, 0, inputs_stride_k, inputs_stride_l, inputs_stride_d, length,
             OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
         )  # fmt: skip
-        first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
+        first = load_logits(logits, 0, logits_stride_k, logits_stride_l, known, K, K_TILE, L_TILE)
         real = load_real(mask, 0, mask_stride_l, length, L_TILE)
         if NORMALIZE:
             inverse = load_inverse_norms(
-                inverse_norms, x, 0, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
+                inverse_norms, x, 0, rows, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
             )
     back = tl.zeros([K_TILE, I_TILE], tl.float32)
     pooled = tl.zeros([K_TILE, I_TILE], tl.float32)
@@ -184,7 +199,7 @@ def _dynamic_routing_forward_kernel(
             top = tl.full([K_TILE, 1], LOWEST, tl.float32)
             total = tl.zeros([K_TILE, 1], tl.float32)
             if TRACE and AGAIN:
-                coupling += K * length
+                coupling += K * rows
                 pooled_out += K * D_IN
             for start in range(0, L_TILE if WHOLE else bound(length), L_TILE):
                 if not WHOLE:
@@ -193,13 +208,14 @@ def _dynamic_routing_forward_kernel(
                         OWN_VOTES, K, D_IN, K_TILE, L_TILE, I_TILE,
                     )  # fmt: skip
                     first = load_logits(
-                        logits, start, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
+                        logits, start, logits_stride_k, logits_stride_l, known, K, K_TILE, L_TILE
                     )
                     real = load_real(mask, start, mask_stride_l, length, L_TILE)
                     if NORMALIZE:
                         inverse = load_inverse_norms(
-                            inverse_norms, x, start, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
-                        )
+                            inverse_norms, x, start, rows, length, OWN_VOTES, WEIGHT, K, K_TILE,
+                            L_TILE,
+                        )  # fmt: skip
                 at = start + tl.arange(0, L_TILE)[None, :]
                 logit = first
                 if AGAIN:
@@ -214,7 +230,7 @@ def _dynamic_routing_forward_kernel(
                     elif UPDATE == COUPLING:
                         here = (k < K) & (at < length)
                         if TRACE:
-                            last = tl.load(coupling + at - K * length, mask=here, other=0.0)
+                            last = tl.load(coupling + at - K * rows, mask=here, other=0.0)
                             if PADDING == ZERO_AFTER:
                                 last = tl.where(real, last, 0.0)
                         elif AXIS == CAPSULES:
@@ -294,15 +310,16 @@ def _dynamic_routing_forward_kernel(
             tl.store(out + d, factor * c, mask=(k < K) & (d < D))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["rows"])
 def _dynamic_routing_backward_kernel(
     grad,
     inputs_grad,
     capsule_grad,
     weight,
+    offsets,
     coupling,
     pooled,
-    length,
+    rows,
     grad_stride_b,
     grad_stride_k,
     grad_stride_d,
@@ -323,10 +340,11 @@ def _dynamic_routing_backward_kernel(
     D_TILE: tl.constexpr,
 ):
     user = tl.program_id(0).to(tl.int64)
+    owner, first_row, length = history_of(offsets, user, tl.num_programs(0), rows)
     k = tl.arange(0, K_TILE)[:, None]
     i = tl.arange(0, I_TILE)[None, :]
     grad += user * grad_stride_b + k.to(tl.int64) * grad_stride_k
-    coupling += (user * K + k) * length
+    coupling += (owner * K + k) * rows + first_row
     pooled = tl.load(pooled + (user * K + k) * D_IN + i, mask=(k < K) & (i < D_IN), other=0.0)
 
     norm2 = tl.zeros([K_TILE, 1], tl.float32)
@@ -368,14 +386,14 @@ def _dynamic_routing_backward_kernel(
             x_grad = share[:, :, None] * pooled_grad[:, None, :]
             here = (at[:, None] < length) & (i < D_IN)
             if OWN_VOTES:
-                row = (user * K + k) * length + at[None, :]
+                row = (owner * K + k) * rows + first_row + at[None, :]
                 tl.store(
                     inputs_grad + row[:, :, None] * D_IN + i[None],
                     x_grad,
                     mask=(k < K)[:, :, None] & here[None],
                 )
             else:
-                row = user * length + at[:, None]
+                row = owner * rows + first_row + at[:, None]
                 tl.store(inputs_grad + row * D_IN + i, tl.sum(x_grad, 0), mask=here)
 
 
@@ -403,7 +421,8 @@ def dynamic_routing(
     """Capsules [B,K,D], and for backward the last coupling [B,K,L] and weighted sum [B,K,D_in].
 
     The capsules have the dtype of the inputs unless another is asked for. With a weight per
-    position the weighted sum is that of the votes [B,K,D].
+    position the weighted sum is that of the votes [B,K,D]. Jagged inputs [T,D_in] have offsets as
+    their mask, and a coupling [K,T].
     """
     options = RoutingOptions.of(
         iterations, softmax_over, padding, update, normalize_agreement, inner_squash, final_squash,
@@ -412,12 +431,15 @@ def dynamic_routing(
     if weight is not None and weight.dim() == 4:
         routing = PositionRouting(inputs, weight, logits, mask, capsule_mask, num_capsules, options)
         return routing.forward(dtype)
-    batch, length, d_in = inputs.shape[0], inputs.shape[-2], inputs.shape[-1]
+    offsets, mask = offsets_or_mask(mask, inputs.dim() == 2)
+    batch = inputs.shape[0] if offsets is None else offsets.shape[0] - 1
+    length, d_in = inputs.shape[-2:]
     d = d_in if weight is None else weight.shape[-1]
+    by_position = (num_capsules, length) if offsets is not None else (batch, num_capsules, length)
     out = inputs.new_empty(batch, num_capsules, d, dtype=dtype)
-    coupling = inputs.new_empty(batch, num_capsules, length, dtype=torch.float32)
+    coupling = inputs.new_empty(by_position, dtype=torch.float32)
     pooled = inputs.new_empty(batch, num_capsules, d_in, dtype=torch.float32)
-    _route(inputs, weight, logits, mask, capsule_mask, out, coupling, pooled, options)
+    _route(inputs, weight, logits, offsets, mask, capsule_mask, out, coupling, pooled, options)
     return out, coupling, pooled
 
 
@@ -425,6 +447,7 @@ def _route(
     inputs: Tensor,
     weight: Tensor | None,
     logits: Tensor | None,
+    offsets: Tensor | None,
     mask: Tensor | None,
     capsule_mask: Tensor | None,
     out: Tensor | None,
@@ -433,34 +456,34 @@ def _route(
     options: RoutingOptions,
 ) -> None:
     """Fills ``coupling`` and ``pooled``, without ``out`` with a trace of all iterations."""
-    k, length, d_in = coupling.shape[-2], inputs.shape[-2], inputs.shape[-1]
+    k, rows, d_in = coupling.shape[-2], inputs.shape[-2], inputs.shape[-1]
     kind = votes_of(inputs, weight)
-    tiles = tiles_of(k, length, d_in, weight, kind["OWN_VOTES"])
+    tiles = tiles_of(k, usual_length(rows, offsets), d_in, weight, kind["OWN_VOTES"])
     if options.normalize and kind["OWN_VOTES"]:
         # A tile of votes and what their lengths come from exceed the registers of fewer.
         tiles["num_warps"] = min(8, 2 * tiles["num_warps"])
     inverse_norms = None
     if options.normalize and weight is not None:
-        inverse_norms = inverse_norms_of(inputs, weight)
-    if inputs.dim() == 3:
-        inputs = inputs[:, None]
+        inverse_norms = inverse_norms_of(inputs if offsets is None else inputs[None], weight)
     launch(
         _dynamic_routing_forward_kernel,
-        (inputs.shape[0],),
+        (pooled.shape[0],),
         inputs,
         weight,
         logits,
+        offsets,
         mask,
         capsule_mask,
         inverse_norms,
         out,
         coupling,
         pooled,
-        length,
+        rows,
+        None if offsets is None or logits is None else logits.shape[-1],
         options.iterations,
-        *inputs.stride(),
+        *input_strides(inputs),
         *strides_of(weight, 3),
-        *strides_of(logits, 3),
+        *logit_strides(logits),
         *mask_strides(mask),
         *strides_of(capsule_mask, 2),
         *options.numbers(),
@@ -469,7 +492,7 @@ def _route(
         D_IN=d_in,
         D=d_in if weight is None else weight.shape[-1],
         **options.constants(),
-        WHOLE=length <= tiles["L_TILE"],
+        WHOLE=offsets is None and rows <= tiles["L_TILE"],
         **tiles,
     )
 
@@ -502,7 +525,8 @@ def dynamic_routing_backward(
         iterations, softmax_over, padding, update, normalize_agreement, inner_squash, final_squash,
         temperature, squash, eps, power,
     )  # fmt: skip
-    batch, k, length = coupling.shape
+    offsets, mask = offsets_or_mask(mask, coupling.dim() == 2)
+    batch, k = pooled.shape[:2]
     by_position = weight is not None and weight.dim() == 4
     if by_position or (full_gradient and weight is not None and options.normalize):
         routing = PositionRouting(inputs, weight, logits, mask, capsule_mask, k, options)
@@ -512,14 +536,16 @@ def dynamic_routing_backward(
             grads = routing.last_backward(grad, coupling, pooled, needs)
     elif full_gradient:
         places = 2 * iterations - 1
-        coefficients = coupling.new_empty(batch, places, k, length)
+        coefficients = coupling.new_empty(*coupling.shape[:-2], places, *coupling.shape[-2:])
         pooled = pooled.new_empty(batch, places, k, inputs.shape[-1])
-        _route(inputs, weight, logits, mask, capsule_mask, None, coefficients, pooled, options)
+        _route(
+            inputs, weight, logits, offsets, mask, capsule_mask, None, coefficients, pooled, options
+        )
         grads = full_gradient_of(
-            grad, inputs, weight, logits, mask, coefficients, pooled, options, needs
+            grad, inputs, weight, logits, offsets, mask, coefficients, pooled, options, needs
         )
     else:
-        grads = _last_gradient_of(grad, inputs, weight, coupling, pooled, options, needs)
+        grads = _last_gradient_of(grad, inputs, weight, offsets, coupling, pooled, options, needs)
     return tuple(inputs.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -527,14 +553,15 @@ def _last_gradient_of(
     grad: Tensor,
     inputs: Tensor,
     weight: Tensor | None,
+    offsets: Tensor | None,
     coupling: Tensor,
     pooled: Tensor,
     options: RoutingOptions,
     needs: int,
 ) -> tuple[Tensor | None, Tensor | None, None]:
     coupling, pooled = coupling.contiguous(), pooled.contiguous()
-    batch, k, length = coupling.shape
-    d_in, d = pooled.shape[-1], grad.shape[-1]
+    batch, k, d_in = pooled.shape
+    rows, d = coupling.shape[-1], grad.shape[-1]
     inputs_grad = inputs.new_empty(inputs.shape) if needs & 1 else None
     wants_weight = weight is not None and bool(needs & 2)
     capsule_grad = pooled.new_empty(batch, k, d) if wants_weight else None
@@ -545,9 +572,10 @@ def _last_gradient_of(
         inputs_grad,
         capsule_grad,
         weight,
+        offsets,
         coupling,
         pooled,
-        length,
+        rows,
         *grad.stride(),
         *strides_of(weight, 3),
         options.eps,
@@ -557,11 +585,11 @@ def _last_gradient_of(
         D_IN=d_in,
         D=d,
         FINAL=options.final_squash,
-        **tiles_of(k, length, d_in, weight, True),
+        **tiles_of(k, usual_length(rows, offsets), d_in, weight, True),
     )
     weight_grad = None
     if wants_weight:
-        rows = (batch, k) if weight.dim() == 3 else (batch * k, 1)
-        (weight_grad,) = outer_sums([(pooled.view(*rows, d_in), capsule_grad.view(*rows, d))])
+        groups = (batch, k) if weight.dim() == 3 else (batch * k, 1)
+        (weight_grad,) = outer_sums([(pooled.view(*groups, d_in), capsule_grad.view(*groups, d))])
         weight_grad = weight_grad.view(weight.shape).to(weight.dtype)
     return inputs_grad, weight_grad, None

@@ -30,6 +30,8 @@ from ._routing import (
     SHORTEST_VOTE,
     ZERO_AFTER,
     RoutingOptions,
+    history_of,
+    input_strides,
     largest_over_inputs,
     load_inputs,
     load_inverse_norms,
@@ -40,13 +42,15 @@ from ._routing import (
     tiles_of,
     times_weight,
     times_weight_transposed,
+    usual_length,
     votes_of,
 )
 from ._tiles import bound, padded, product
 from .squash import squash_factor, squash_slope
-from .weight_gradients import outer_sums
+from .weight_gradients import add_parts, outer_sums
 
 _TILE_TERMS = 16
+_USERS_OF_A_PART = 32
 
 
 @triton.jit
@@ -95,11 +99,12 @@ def _sums_and_gradient(
     return sums, after
 
 
-@triton.jit(do_not_specialize=["length", "iterations"])
+@triton.jit(do_not_specialize=["rows", "iterations"])
 def _walk_back_kernel(
     grad,
     inputs,
     weight,
+    offsets,
     mask,
     coefficients,
     pooled,
@@ -107,7 +112,7 @@ def _walk_back_kernel(
     seen,
     coupling_grad,
     logit_grad,
-    length,
+    rows,
     iterations,
     grad_stride_b,
     grad_stride_k,
@@ -145,21 +150,24 @@ def _walk_back_kernel(
     # The softmax over the inputs is there before the mask, its coupling takes its place.
     MASKS: tl.constexpr = AXIS != CAPSULES and PADDING == ZERO_AFTER and mask is not None
     user = tl.program_id(0).to(tl.int64)
+    owner, first_row, length = history_of(offsets, user, tl.num_programs(0), rows)
+    rows = rows.to(tl.int64)
     k = tl.arange(0, K_TILE)[:, None]
     i = tl.arange(0, I_TILE)[None, :]
-    inputs += user * inputs_stride_b
+    inputs += owner * inputs_stride_b + first_row * inputs_stride_l
     if mask is not None:
         mask += user * mask_stride_b
     grad += user * grad_stride_b + k.to(tl.int64) * grad_stride_k
     last_place = 2 * iterations - 2
+    place = owner * (last_place + 1) + iterations - 1
+    coefficients += (place * K + k) * rows + first_row
     row = (user * (last_place + 1) + iterations - 1) * K + k
-    coefficients += row * length
     pooled += row * D_IN + i
     seen += row * D_IN + i
     if vectors is not None:
         vectors += row * D
-    coupling_grad += (user * K + k) * length
-    logit_grad += (user * K + k) * length
+    coupling_grad += (owner * K + k) * rows + first_row
+    logit_grad += (owner * K + k) * rows + first_row
     in_sum = (k < K) & (i < D_IN)
 
     back_grad = tl.zeros([K_TILE, I_TILE], tl.float32)
@@ -168,7 +176,7 @@ def _walk_back_kernel(
         for turn in range(bound(iterations) - 1 if AGAIN else 1):
             step = iterations - 1 - turn - AGAIN
             if AGAIN:
-                coefficients -= K * length
+                coefficients -= K * rows
                 pooled -= K * D_IN
                 seen -= K * D_IN
                 if vectors is not None:
@@ -270,10 +278,10 @@ def _walk_back_kernel(
                 tl.store(logit_grad + at, update_grad, mask=here)
                 if NORMALIZE:
                     update_grad *= load_inverse_norms(
-                        None, x, start, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
+                        None, x, start, rows, length, OWN_VOTES, WEIGHT, K, K_TILE, L_TILE
                     )
                 tl.store(
-                    coefficients + (iterations - 1) * K * length + at,
+                    coefficients + (iterations - 1) * K * rows + at,
                     update_grad,
                     mask=here & (step > 0),
                 )
@@ -286,7 +294,7 @@ def _walk_back_kernel(
 
 @triton.jit
 def _sum_of_terms(
-    coefficients, vectors, first, last, stride, at, length, i,
+    coefficients, vectors, first, last, stride, at, rows, length, i,
     D_IN: tl.constexpr, STORAGE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Of the terms ``first .. last``, which are ``stride`` rows apart: [L_TILE, I_TILE]."""
@@ -294,19 +302,52 @@ def _sum_of_terms(
     for start in range(bound(first), bound(last), TERMS):
         term = start + tl.arange(0, TERMS)[:, None]
         row = term.to(tl.int64) * stride
-        c = tl.load(coefficients + row * length + at, mask=(term < last) & (at < length), other=0.0)
+        c = tl.load(coefficients + row * rows + at, mask=(term < last) & (at < length), other=0.0)
         v = tl.load(vectors + row * D_IN + i, mask=(term < last) & (i < D_IN), other=0.0)
         total += product(tl.trans(c), v, STORAGE)
     return total
 
 
-@triton.jit(do_not_specialize=["length", "iterations"])
+@triton.jit
+def _store_input_gradients(
+    inputs, inputs_grad, coefficients, seen, start, rows, length, iterations, stride_l, stride_d,
+    OWN_VOTES: tl.constexpr, K: tl.constexpr, D_IN: tl.constexpr, NORMALIZE: tl.constexpr,
+    L_TILE: tl.constexpr, I_TILE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """A tile of one user's inputs, or of one capsule's votes, adds up its terms."""
+    STORAGE: tl.constexpr = inputs.dtype.element_ty
+    STRIDE: tl.constexpr = K if OWN_VOTES else 1
+    ROWS: tl.constexpr = 1 if OWN_VOTES else K
+    at = start + tl.arange(0, L_TILE)[None, :]
+    i = tl.arange(0, I_TILE)[None, :]
+    sums, terms = iterations * ROWS, (2 * iterations - 1) * ROWS
+    x_grad = _sum_of_terms(
+        coefficients, seen, 0, sums if NORMALIZE else terms, STRIDE, at, rows, length, i,
+        D_IN, STORAGE, TERMS,
+    )  # fmt: skip
+    position = tl.trans(at).to(tl.int64)
+    here = (position < length) & (i < D_IN)
+    if NORMALIZE:
+        of_agreements = _sum_of_terms(
+            coefficients, seen, sums, terms, STRIDE, at, rows, length, i, D_IN, STORAGE, TERMS
+        )
+        x_offsets = position * stride_l + i.to(tl.int64) * stride_d
+        x = tl.load(inputs + x_offsets, mask=here, other=0.0).to(tl.float32)
+        norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
+        # Only what is across a normalised vote moves it. Shorter ones are merely scaled.
+        x = tl.where(norm > SHORTEST_VOTE, x / tl.where(norm > 0, norm, 1.0), 0.0)
+        x_grad += of_agreements - tl.sum(of_agreements * x, 1, keep_dims=True) * x
+    tl.store(inputs_grad + position * D_IN + i, x_grad, mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "iterations"])
 def _input_gradient_kernel(
     inputs,
     inputs_grad,
+    offsets,
     coefficients,
     seen,
-    length,
+    rows,
     iterations,
     inputs_stride_b,
     inputs_stride_k,
@@ -320,42 +361,83 @@ def _input_gradient_kernel(
     I_TILE: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """A tile of one user's inputs, or of one capsule's votes, adds up its terms."""
-    STORAGE: tl.constexpr = inputs.dtype.element_ty
+    """One tile, or of a history whose length the host does not know every so many."""
     STRIDE: tl.constexpr = K if OWN_VOTES else 1
-    ROWS: tl.constexpr = 1 if OWN_VOTES else K
-    owner = tl.program_id(0).to(tl.int64)
-    user = owner // STRIDE
-    own = owner % STRIDE
+    program = tl.program_id(0).to(tl.int64)
+    user = program // STRIDE
+    own = program % STRIDE
+    owner, first_row, length = history_of(offsets, user, tl.num_programs(0) // STRIDE, rows)
+    coefficients += (owner * (2 * iterations - 1) * K + own) * rows + first_row
+    seen += (user * (2 * iterations - 1) * K + own) * D_IN
+    inputs += owner * inputs_stride_b + own * inputs_stride_k + first_row * inputs_stride_l
+    inputs_grad += ((owner * STRIDE + own) * rows + first_row) * D_IN
+    first = tl.program_id(1) * L_TILE
+    if offsets is None:
+        _store_input_gradients(
+            inputs, inputs_grad, coefficients, seen, first, rows, length, iterations,
+            inputs_stride_l, inputs_stride_d, OWN_VOTES, K, D_IN, NORMALIZE, L_TILE, I_TILE, TERMS,
+        )  # fmt: skip
+    else:
+        for start in range(bound(first), bound(length), bound(tl.num_programs(1) * L_TILE)):
+            _store_input_gradients(
+                inputs, inputs_grad, coefficients, seen, start, rows, length, iterations,
+                inputs_stride_l, inputs_stride_d, OWN_VOTES, K, D_IN, NORMALIZE, L_TILE, I_TILE,
+                TERMS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "length", "batch", "users"])
+def _logit_gradient_kernel(
+    logit_grad,
+    offsets,
+    parts,
+    rows,
+    length,
+    batch,
+    users,
+    K: tl.constexpr,
+    K_TILE: tl.constexpr,
+    L_TILE: tl.constexpr,
+):
+    """A tile of positions [K, L] adds up the gradients of some histories, one after another."""
+    part = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K_TILE)[:, None]
     at = tl.program_id(1) * L_TILE + tl.arange(0, L_TILE)[None, :]
-    i = tl.arange(0, I_TILE)[None, :]
-    first_row = user * (2 * iterations - 1) * K + own
-    coefficients += first_row * length
-    seen += first_row * D_IN
-    sums, terms = iterations * ROWS, (2 * iterations - 1) * ROWS
-    x_grad = _sum_of_terms(
-        coefficients, seen, 0, sums if NORMALIZE else terms, STRIDE, at, length, i,
-        D_IN, STORAGE, TERMS,
-    )  # fmt: skip
-    position = tl.trans(at).to(tl.int64)
-    here = (position < length) & (i < D_IN)
-    if NORMALIZE:
-        of_agreements = _sum_of_terms(
-            coefficients, seen, sums, terms, STRIDE, at, length, i, D_IN, STORAGE, TERMS
+    total = tl.zeros([K_TILE, L_TILE], tl.float32)
+    for user in range(bound(part * users), bound(tl.minimum((part + 1) * users, batch))):
+        _, first_row, own_length = history_of(offsets, user, batch, rows)
+        here = (k < K) & (at < own_length)
+        total += tl.load(logit_grad + k * rows.to(tl.int64) + first_row + at, mask=here, other=0.0)
+    tl.store(parts + (part * K + k) * length + at, total, mask=(k < K) & (at < length))
+
+
+def gradient_of_logits(logit_grad: Tensor, logits: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """From that of every user [B,K,L] or value [K,T], summed where users share their logits."""
+    if offsets is not None and logits.dim() == 3:
+        batch, (shown, k, length) = offsets.shape[0] - 1, logits.shape
+        users = 1 if shown == batch else _USERS_OF_A_PART
+        parts = logit_grad.new_empty(triton.cdiv(batch, users), k, length)
+        l_tile = min(padded(length), 64)
+        launch(
+            _logit_gradient_kernel,
+            (parts.shape[0], triton.cdiv(length, l_tile)),
+            logit_grad,
+            offsets,
+            parts,
+            logit_grad.shape[1],
+            length,
+            batch,
+            users,
+            K=k,
+            K_TILE=padded(k),
+            L_TILE=l_tile,
+            num_warps=1,
         )
-        inputs += user * inputs_stride_b + own * inputs_stride_k
-        offsets = position * inputs_stride_l + i.to(tl.int64) * inputs_stride_d
-        x = tl.load(inputs + offsets, mask=here, other=0.0).to(tl.float32)
-        norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
-        # Only what is across a normalised vote moves it. Shorter ones are merely scaled.
-        x = tl.where(norm > SHORTEST_VOTE, x / tl.where(norm > 0, norm, 1.0), 0.0)
-        x_grad += of_agreements - tl.sum(of_agreements * x, 1, keep_dims=True) * x
-    tl.store(inputs_grad + (owner * length + position) * D_IN + i, x_grad, mask=here)
-
-
-def gradient_of_logits(logit_grad: Tensor, logits: Tensor) -> Tensor:
-    """From that of every user [B,K,L], summed where users share their logits."""
-    if logits.shape[0] != logit_grad.shape[0]:
+        logit_grad = parts
+        if shown != batch:
+            logit_grad = parts.new_empty(k, length)
+            add_parts(parts.view(-1, k * length), [logit_grad])
+    elif logits.dim() == 3 and logits.shape[0] != logit_grad.shape[0]:
         (logit_grad,) = outer_sums([(None, logit_grad.flatten(1)[:, None])])
     return logit_grad.view(logits.shape).to(logits.dtype)
 
@@ -365,6 +447,7 @@ def full_gradient_of(
     inputs: Tensor,
     weight: Tensor | None,
     logits: Tensor | None,
+    offsets: Tensor | None,
     mask: Tensor | None,
     coefficients: Tensor,
     pooled: Tensor,
@@ -374,23 +457,28 @@ def full_gradient_of(
     """Gradients of inputs, weight and logits from the trace of the forward pass.
 
     ``coefficients`` ``[B, 2R-1, K, L]`` and ``pooled`` ``[B, 2R-1, K, D_in]`` hold the softmax and
-    the weighted sums of the R iterations at their first places.
+    the weighted sums of the R iterations at their first places. Coefficients of jagged inputs are
+    ``[2R-1, K, T]``, those of a single user who has all positions.
     """
-    batch, places, k, length = coefficients.shape
-    d_in, d = pooled.shape[-1], grad.shape[-1]
+    batch, places, k, d_in = pooled.shape
+    rows, d = coefficients.shape[-1], grad.shape[-1]
     wants_weight = weight is not None and bool(needs & 2)
     wants_logits = logits is not None and bool(needs & 4)
     vectors = pooled.new_empty(batch, places, k, d) if wants_weight else None
     seen = torch.empty_like(pooled)
-    logit_grad = coefficients.new_empty(batch, k, length)
+    logit_grad = coefficients.new_empty(*coefficients.shape[:-3], k, rows)
     kind = votes_of(inputs, weight)
-    by_capsule = inputs if inputs.dim() == 4 else inputs[:, None]
+    tiles = tiles_of(k, usual_length(rows, offsets), d_in, weight, kind["OWN_VOTES"])
+    if offsets is not None and inputs.dtype is torch.float32:
+        # Where a history starts takes registers, of which float32 products leave none.
+        tiles["L_TILE"] = min(32, tiles["L_TILE"])
     launch(
         _walk_back_kernel,
         (batch,),
         grad,
-        by_capsule,
+        inputs,
         weight,
+        offsets,
         mask,
         coefficients,
         pooled,
@@ -398,10 +486,10 @@ def full_gradient_of(
         seen,
         torch.empty_like(logit_grad),
         logit_grad,
-        length,
+        rows,
         options.iterations,
         *grad.stride(),
-        *by_capsule.stride(),
+        *input_strides(inputs),
         *strides_of(weight, 3),
         *mask_strides(mask),
         *options.numbers(),
@@ -411,23 +499,25 @@ def full_gradient_of(
         D=d,
         **options.constants(),
         WANTS_LOGITS=wants_logits,
-        **tiles_of(k, length, d_in, weight, kind["OWN_VOTES"]),
+        **tiles,
     )
     inputs_grad = weight_grad = logits_grad = None
     if needs & 1:
         inputs_grad = inputs.new_empty(inputs.shape)
         i_tile = padded(d_in, 16)
-        l_tile = min(padded(length, 16), max(16, 2048 // i_tile))
+        usual = usual_length(rows, offsets)
+        l_tile = min(padded(usual, 16), max(16, 2048 // i_tile))
         launch(
             _input_gradient_kernel,
-            (batch * (k if kind["OWN_VOTES"] else 1), triton.cdiv(length, l_tile)),
-            by_capsule,
+            (batch * (k if kind["OWN_VOTES"] else 1), triton.cdiv(usual, l_tile)),
+            inputs,
             inputs_grad,
+            offsets,
             coefficients,
             seen,
-            length,
+            rows,
             options.iterations,
-            *by_capsule.stride(),
+            *input_strides(inputs),
             OWN_VOTES=kind["OWN_VOTES"],
             K=k,
             D_IN=d_in,
@@ -436,12 +526,14 @@ def full_gradient_of(
             I_TILE=i_tile,
             TERMS=_TILE_TERMS,
             num_warps=min(8, max(1, l_tile * i_tile // 512)),
+            # In the loop over tiles, a pipeline of terms would take all registers.
+            num_stages=3 if offsets is None else 1,
             maxnreg=MOST_REGISTERS,
         )
     if wants_weight:
-        rows = (batch * places, k) if weight.dim() == 3 else (batch * places * k, 1)
-        (weight_grad,) = outer_sums([(pooled.view(*rows, d_in), vectors.view(*rows, d))])
+        groups = (batch * places, k) if weight.dim() == 3 else (batch * places * k, 1)
+        (weight_grad,) = outer_sums([(pooled.view(*groups, d_in), vectors.view(*groups, d))])
         weight_grad = weight_grad.view(weight.shape).to(weight.dtype)
     if wants_logits:
-        logits_grad = gradient_of_logits(logit_grad, logits)
+        logits_grad = gradient_of_logits(logit_grad, logits, offsets)
     return inputs_grad, weight_grad, logits_grad

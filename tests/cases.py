@@ -6,7 +6,7 @@ uniform: near uniform ones hide a wrong update rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -200,6 +200,33 @@ def routing_call(
         options["capsule_mask"] = capsule_mask(b, k)
     options |= history_mask(history, b, length)
     return Call(ops.dynamic_routing, (inputs, matrix, first), options)
+
+
+def offsets_of(lengths: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends]).to(dtype)
+
+
+def values_of(padded: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The real positions of `[B, L, ..]`, one after another."""
+    parts = [row[:n] for row, n in zip(padded, lengths, strict=True)]
+    return torch.cat(parts) if parts else padded.new_zeros(0, *padded.shape[2:])
+
+
+def padded_and_jagged(call: Call, lengths: Sequence[int], each: bool = False) -> tuple[Call, Call]:
+    """The same call with padding and without; logits of each value where they are asked for."""
+    inputs, *others = call.args
+    at = 1 if call.op is ops.dynamic_routing else 4
+    jagged = list(others)
+    if each:
+        jagged[at] = values_of(others[at].mT, lengths).mT
+    given = torch.tensor(lengths, dtype=torch.int64)
+    dense = {**call.options, "lengths": given, "padding": "ignore"}
+    options = {**call.options, "offsets": offsets_of(lengths)}
+    return (
+        Call(call.op, (inputs, *others), dense),
+        Call(call.op, (values_of(inputs, lengths), *jagged), options),
+    )
 
 
 def bridge_call(

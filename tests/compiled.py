@@ -35,6 +35,7 @@ from cases import (  # noqa: E402
     Call,
     attention_call,
     catalogue_call,
+    padded_and_jagged,
     routing_call,
 )
 
@@ -173,6 +174,14 @@ def _calls() -> Iterator[tuple[str, Call]]:
             full = {"gradient": "full", "softmax_over": "inputs", "weight": weight}
             call = routing_call(**full, **wide, dtype=dtype)
             yield f"full {name}", call.trainable()
+        for jagged in (
+            wide,
+            full | wide,
+            {"length": 12, "k": 7, "d_in": 128, "d": 128, "gradient": "full"},
+        ):
+            call = routing_call(**{**jagged, "history": "all"}, dtype=dtype)
+            lengths = [call.args[0].shape[1]] * call.args[0].shape[0]
+            yield f"jagged {name}", padded_and_jagged(call, lengths)[1].trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
         for d in (10, 32, 64):
             for prototypes, seen in ((3, 5), (None, 0)):

@@ -34,6 +34,15 @@ def _seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory of tensors is NaN, that of the C++ ops included."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["native", "triton"])
 def backend(request, device):
     """Each backend that has kernels; the reference is what they are compared with."""

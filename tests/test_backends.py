@@ -218,12 +218,16 @@ def test_explain_gives_what_a_kernel_lacks():
 
 
 def test_a_backend_is_judged_by_its_own_kernels():
+    offsets = torch.tensor([0, 3])
     reasons = backends.explain(
-        "dynamic_routing", torch.ones(3, 2), num_capsules=2, offsets=torch.tensor([0, 3])
+        "dynamic_routing", torch.ones(3, 2), torch.ones(3, 2, 2, 2), offsets=offsets
     )
     assert reasons["native"] == []
     if backends.available()["triton"] is None:
-        assert reasons["triton"] == ["no Triton kernel for jagged histories in this version"]
+        assert reasons["triton"] == [
+            "no Triton kernel for jagged histories with a weight per position and capsule in this "
+            "version"
+        ]
     call = squash_call()
     with pytest.raises(BackendUnavailable, match="no CUDA kernel for it"):
         backends.select("squash", "native", call.args[0], {"native": ["no CUDA kernel for it"]})

@@ -1,8 +1,22 @@
 """Histories without padding: the same results as with it, for both ops that take histories."""
 
+from itertools import cycle
+
 import pytest
 import torch
-from cases import CUDA_ON_HOST, DTYPES, Call, dtype_id, mimnet_call, randn, routing_call
+from cases import (
+    CUDA_ON_HOST,
+    DTYPES,
+    Call,
+    dtype_id,
+    interpreted,
+    mimnet_call,
+    offsets_of,
+    padded_and_jagged,
+    randn,
+    routing_call,
+    values_of,
+)
 
 from mimnet_fast import backends, nn, ops
 from mimnet_fast._options import PADDINGS
@@ -36,34 +50,9 @@ LENGTHS = {
     "one": [4],
     "nobody": [],
 }
+FEW = [2, 0, 19, 1]
+"""An empty history, one longer than a tile of positions, and none that ends where a tile does."""
 ids = {"ids": lambda o: "-".join(map(str, o.values())) if isinstance(o, dict) else str(o)}
-
-
-def offsets_of(lengths, dtype=torch.int64):
-    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    return torch.cat([ends.new_zeros(1), ends]).to(dtype)
-
-
-def values_of(padded, lengths):
-    """The real positions of `[B, L, ..]`, one after another."""
-    parts = [row[:n] for row, n in zip(padded, lengths, strict=True)]
-    return torch.cat(parts) if parts else padded.new_zeros(0, *padded.shape[2:])
-
-
-def padded_and_jagged(call, lengths, each=False):
-    """The same call with padding and without; logits of each value where they are asked for."""
-    inputs, *others = call.args
-    at = 1 if call.op is ops.dynamic_routing else 4
-    jagged = list(others)
-    if each:
-        jagged[at] = values_of(others[at].mT, lengths).mT
-    given = torch.tensor(lengths, dtype=torch.int64)
-    dense = {**call.options, "lengths": given, "padding": "ignore"}
-    options = {**call.options, "offsets": offsets_of(lengths)}
-    return (
-        Call(call.op, (inputs, *others), dense),
-        Call(call.op, (values_of(inputs, lengths), *jagged), options),
-    )
 
 
 def expect(dense, found, lengths, exact=True):
@@ -131,10 +120,31 @@ def test_mimnet_equals_the_padded(table, logits, lengths):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("build", [routing_call, mimnet_call])
-def test_verified(build, dtype):
-    lengths = LENGTHS["skewed"]
-    _, jagged = padded_and_jagged(build(b=len(lengths), length=9, dtype=dtype), lengths, True)
-    jagged.verify("native")
+def test_verified(backend, build, dtype):
+    lengths = FEW if interpreted(backend) else LENGTHS["skewed"]
+    call = build(b=len(lengths), length=max(lengths), dtype=dtype)
+    padded_and_jagged(call, lengths, True)[1].verify(backend)
+
+
+@pytest.mark.parametrize(
+    ("options", "logits"),
+    [*zip(OPTIONS, cycle(LOGITS)), ({"gradient": "full"}, "one")],
+    **ids,
+)
+def test_options_verified(backend, options, logits):
+    first = "batch" if logits == "each" else logits
+    call = routing_call(b=len(FEW), length=max(FEW) + 1, logits=first, **options)
+    padded_and_jagged(call, FEW, logits == "each")[1].verify(backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "full"}], **ids)
+@pytest.mark.parametrize("lengths", [FEW, *LENGTHS.values()], ids=["few", *LENGTHS])
+def test_every_element_is_written(backend, poisoned, lengths, options):
+    if interpreted(backend) and len(lengths) > len(FEW):
+        pytest.skip("more programs of one kind for Triton's interpreter")
+    call = routing_call(b=len(lengths), length=max(lengths, default=0) + 1, logits="one", **options)
+    found = padded_and_jagged(call, lengths)[1].gradients(backend=backend, return_coupling=True)
+    assert all(tensor.isfinite().all() for tensor in found)
 
 
 @pytest.mark.parametrize("options", OPTIONS, **ids)
@@ -153,6 +163,20 @@ def test_there_is_no_padding(padding):
     _, jagged = padded_and_jagged(call, lengths)
     for backend in ("native", "reference"):
         assert torch.equal(jagged(backend=backend, padding=padding), jagged(backend=backend))
+
+
+def test_users_do_not_touch_each_other(backend):
+    call = routing_call(b=len(FEW), length=max(FEW), gradient="full", normalize_agreement=False)
+    _, jagged = padded_and_jagged(call, FEW, True)
+    at = 2  # the first of the third user
+    spoilt = jagged.map(torch.clone)
+    spoilt.args[0][at] = torch.nan
+    users, rows = torch.tensor([0, 1, 3]), torch.tensor([0, 1, 21])
+    (out, x_grad, *_), (good, good_x_grad, *_) = (
+        each.gradients(backend=backend) for each in (spoilt, jagged)
+    )
+    assert torch.equal(out[users], good[users])
+    assert torch.equal(x_grad[rows], good_x_grad[rows])
 
 
 def test_the_order_of_users_and_their_number_of_threads_change_nothing():
@@ -182,16 +206,17 @@ def test_the_order_of_users_and_their_number_of_threads_change_nothing():
 
 @pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("build", [routing_call, mimnet_call])
-def test_strided_values_and_offsets(build, offset_dtype):
-    lengths = LENGTHS["skewed"]
-    _, jagged = padded_and_jagged(build(b=len(lengths), length=9), lengths, True)
+def test_strided_values_and_offsets(backend, build, offset_dtype):
+    lengths = FEW if interpreted(backend) else LENGTHS["skewed"]
+    call = build(b=len(lengths), length=max(lengths))
+    _, jagged = padded_and_jagged(call, lengths, True)
     offsets = offsets_of(lengths, offset_dtype)
     strided = torch.stack([offsets, offsets + 99], 1)[:, 0]
     values, *others = jagged.args
     other = Call(
         jagged.op, (values.mT.contiguous().mT, *others), {**jagged.options, "offsets": strided}
     )
-    found, expected = other.gradients(backend="native"), jagged.gradients(backend="native")
+    found, expected = other.gradients(backend=backend), jagged.gradients(backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -259,20 +284,22 @@ def test_opcheck_and_export():
     assert torch.equal(exported(*args), Routing()(*args))
 
 
-def test_compiled_offsets_are_bounded():
+@pytest.mark.parametrize("each", [True, False])
+def test_compiled_offsets_are_bounded(backend, poisoned, each):
     """Where Python sees no values, wrong ones touch no memory but the tensor's."""
-    _, jagged = padded_and_jagged(routing_call(b=3, length=9), [3, 0, 9], True)
+    call = routing_call(b=3, length=9, gradient="full")
+    _, jagged = padded_and_jagged(call, [3, 0, 9], each)
 
     def run(values, weight, logits, offsets):
-        return ops.dynamic_routing(values, weight, logits, offsets=offsets, backend="native")
+        return jagged.op(values, weight, logits, offsets=offsets, gradient="full", backend=backend)
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     for wrong in ([5, -(2**40), 2**40, 1], [12, 12, 0, 0], [0, 3, 3, 99]):
         values, weight, logits = jagged.trainable().args
         out = compiled(values, weight, logits, torch.tensor(wrong))
         out.sum().backward()
-        assert out.isfinite().all()
-        assert values.grad.isfinite().all()
+        found = out, values.grad, weight.grad, logits.grad
+        assert all(tensor.isfinite().all() for tensor in found)
 
 
 def test_nested_tensor_is_taken_without_a_copy():
@@ -337,11 +364,18 @@ def test_errors(change, error, message):
 
 def test_what_has_no_kernel_goes_to_the_reference():
     lengths = [3, 0, 9]
-    for build in (routing_call, mimnet_call):
-        _, jagged = padded_and_jagged(build(b=3, length=9), lengths)
+    for call, option in [
+        (routing_call(b=3, length=9, weight="per_position"), "a weight per position and capsule"),
+        (
+            routing_call(b=3, length=9, gradient="full", normalize_agreement=True),
+            'a weight, gradient="full" and normalize_agreement',
+        ),
+    ]:
+        _, jagged = padded_and_jagged(call, lengths)
         found = backends.explain(jagged.op, *jagged.args, **jagged.options)
         assert not found["native"]
-        assert "no Triton kernel for jagged histories in this version" in found["triton"]
+        message = f"no Triton kernel for jagged histories with {option} in this version"
+        assert message in found["triton"]
 
 
 def test_layer():

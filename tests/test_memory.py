@@ -152,15 +152,6 @@ def test_empty_batch(backend, name):
         assert not gradient.any(), "no user, no gradient"
 
 
-@pytest.fixture
-def poisoned():
-    """Uninitialised memory of tensors is NaN, that of the C++ ops included."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_poison_reaches_the_outputs_of_the_kernels(backend, poisoned):
     call = EVERY_OP["squash"]()
     with profile() as events:

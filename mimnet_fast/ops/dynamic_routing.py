@@ -205,8 +205,16 @@ def dynamic_routing(
     unsupported: dict[str, list[str]] = {}
     device = "cpu" if inputs.device.type == "cpu" else "cuda"
     for name, kind in SERVE_SOME_OPTIONS[device].items():
-        asked = {"jagged histories": jagged}
+        asked = {}
+        if name == "triton":
+            asked["jagged histories with a weight per position and capsule"] = (
+                jagged and weight is not None and weight.dim() == 4
+            )
+            asked['jagged histories with a weight, gradient="full" and normalize_agreement'] = (
+                jagged and weight is not None and full and normalize_agreement
+            )
         if name == "native":
+            asked["jagged histories"] = jagged
             asked["a weight per position and capsule"] = weight is not None and weight.dim() == 4
             asked['gradient="full"'] = full
             asked[f"update={update!r}"] = update != "accumulate"
