@@ -10,7 +10,7 @@ again only for the gradient of the history. A user's share in every gradient of 
 row, or a factor of one: the interests are summed up here, and `outer_sums` sums up the users.
 
 Larger widths fill the device with one part, so the launchers of the parts follow one another there,
-with float32 between them.
+with float32 between them. So they do for jagged histories, of which any length may be the longest.
 """
 
 from __future__ import annotations
@@ -536,25 +536,29 @@ def _check_ids(ids: Tensor, rows: int) -> None:
                 )
 
 
+def _is_jagged(history: Tensor, table: Tensor | None) -> bool:
+    return history.dim() == (2 if table is None else 1)
+
+
 def _embedded(history: Tensor, table: Tensor | None) -> Tensor:
-    """Histories ``[B,L,D]``."""
+    """Histories ``[B,L,D]``, or jagged ones ``[T,D]``."""
     if table is None:
         return history
-    batch, length = history.shape
-    d = table.shape[1]
-    out = table.new_empty(batch, length, d)
+    ids = history if history.dim() == 2 else history[None]
+    length, d = ids.shape[1], table.shape[1]
+    out = table.new_empty(*history.shape, d)
     d_tile = padded(d)
     rows = max(1, _TILE_ELEMENTS // d_tile)
     launch(
         _gather_kernel,
-        (triton.cdiv(batch * length, rows),),
-        history,
+        (triton.cdiv(ids.numel(), rows),),
+        ids,
         table,
         out,
         length,
         table.shape[0],
-        batch * length,
-        *history.stride(),
+        ids.numel(),
+        *ids.stride(),
         *table.stride(),
         d,
         rows,
@@ -599,7 +603,7 @@ def _route_in_parts(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Interests in float32, coupling and weighted sums."""
     return dynamic_routing(
-        _embedded(history, table), weight, logits, mask, None, logits.shape[1],
+        _embedded(history, table), weight, logits, mask, None, logits.shape[-2],
         *_routing_options(iterations, padding), torch.float32,
     )  # fmt: skip
 
@@ -621,9 +625,9 @@ def mimnet_forward(
         _check_ids(history, table.shape[0])
     vectors = source, item, prototype
     batch, d = source.shape
-    k, length = logits.shape[1:]
+    k, length = logits.shape[-2:]
     hidden = parameters[1].shape[0]
-    tiles = _tiles(k, length, d, hidden)
+    tiles = None if _is_jagged(history, table) else _tiles(k, length, d, hidden)
     if tiles is None:
         interests, _, pooled = _route_in_parts(
             history, table, parameters[0], logits, mask, iterations, padding
@@ -672,9 +676,9 @@ def mimnet_forward_backward(
     pooled, transferred = pooled.contiguous(), transferred.contiguous()
     vectors = source, item, prototype
     batch, d = source.shape
-    k, length = logits.shape[1:]
+    k, length = logits.shape[-2:]
     hidden = parameters[1].shape[0]
-    tiles = _tiles(k, length, d, hidden)
+    tiles = None if _is_jagged(history, table) else _tiles(k, length, d, hidden)
     if tiles is None:
         return _backward_in_parts(
             grad, pooled, transferred, history, table, vectors, parameters, logits, mask,
@@ -758,7 +762,8 @@ def _backward_in_parts(
     history_grad, weight_grad = source.new_empty(0), source.new_empty(0)
     if routes:
         # Without a gradient of the history, nothing reads the coupling.
-        coupling = pooled.new_empty(pooled.shape[0], *logits.shape[1:])
+        *batch, positions = history.shape if table is not None else history.shape[:-1]
+        coupling = pooled.new_empty(*batch, logits.shape[-2], positions)
         if needs & 1:
             _, coupling, _ = _route_in_parts(
                 history, table, parameters[0], logits, mask, iterations, padding

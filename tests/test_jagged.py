@@ -120,7 +120,7 @@ def test_mimnet_equals_the_padded(table, logits, lengths):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("build", [routing_call, mimnet_call])
-def test_verified(backend, build, dtype):
+def test_verified(backend, poisoned, build, dtype):
     lengths = FEW if interpreted(backend) else LENGTHS["skewed"]
     call = build(b=len(lengths), length=max(lengths), dtype=dtype)
     padded_and_jagged(call, lengths, True)[1].verify(backend)
@@ -135,6 +135,12 @@ def test_options_verified(backend, options, logits):
     first = "batch" if logits == "each" else logits
     call = routing_call(b=len(FEW), length=max(FEW) + 1, logits=first, **options)
     padded_and_jagged(call, FEW, logits == "each")[1].verify(backend)
+
+
+@pytest.mark.parametrize("logits", LOGITS[:2])
+def test_mimnet_of_ids_verified(backend, logits):
+    call = mimnet_call(b=4, length=max(FEW), one_logits=logits == "one", ids=torch.int32)
+    padded_and_jagged(call, FEW)[1].verify(backend)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient": "full"}], **ids)
@@ -404,10 +410,10 @@ def test_padding_takes_no_memory():
     assert values.grad.shape == values.shape
 
 
-def test_no_items_and_a_table_without_rows():
+def test_no_items_and_a_table_without_rows(backend):
     call = mimnet_call(b=2, length=9, ids=torch.int64, one_logits=True)
     _, *others = call.args
-    options = {"offsets": torch.tensor([0, 0, 0]), "backend": "native"}
+    options = {"offsets": torch.tensor([0, 0, 0]), "backend": backend}
     nothing = torch.zeros(0, dtype=torch.int64)
     table = call.options["table"]
     expected = call.op(nothing, *others, table=table, **{**options, "backend": "reference"})

@@ -11,12 +11,7 @@ from torch import Tensor
 from mimnet_fast import backends, reference
 from mimnet_fast._options import PADDINGS, code
 from mimnet_fast.ops import _autograd, _checks, _jagged
-from mimnet_fast.ops.dynamic_routing import (
-    JAGGED_LOGITS,
-    LOGITS,
-    SERVE_SOME_OPTIONS,
-    saved_dtype,
-)
+from mimnet_fast.ops.dynamic_routing import JAGGED_LOGITS, LOGITS, saved_dtype
 from mimnet_fast.ops.interest_bridge import check_bridge
 from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusion
 from mimnet_fast.reference import MIMNetParameters
@@ -156,9 +151,8 @@ def mimnet_forward(
     reasons = {name: list(unsupported) for name in backends.KERNELS}
     if jagged:
         padding_code = PADDINGS.index("ignore")
-        device = "cpu" if source.device.type == "cpu" else "cuda"
-        for name, kind in SERVE_SOME_OPTIONS[device].items():
-            reasons[name].append(f"no {kind} kernel for jagged histories in this version")
+        if source.device.type != "cpu":
+            reasons["native"].append("no CUDA kernel for jagged histories in this version")
     chosen = backends.select("mimnet_forward", backend, source, reasons)
     if chosen == "reference":
         history, logits, mask = _padded(history, logits, real, table)
