@@ -10,7 +10,7 @@ again only for the gradient of the history. A user's share in every gradient of 
 row, or a factor of one: the interests are summed up here, and `outer_sums` sums up the users.
 
 Larger widths fill the device with one part, so the launchers of the parts follow one another there,
-with float32 between them. So they do for jagged histories, of which any length may be the longest.
+with float32 between them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._tiles import bound, padded, product
-from .dynamic_routing import (
+from ._routing import (
     CAPSULES,
     FILL_BEFORE,
     SHARED,
-    dynamic_routing,
-    dynamic_routing_backward,
+    history_of,
     load_logits,
     load_real,
+    logit_strides,
+    mask_strides,
+    offsets_or_mask,
     times_weight,
+    usual_length,
 )
+from ._tiles import bound, padded, product
+from .dynamic_routing import dynamic_routing, dynamic_routing_backward
 from .interest_bridge import interest_bridge, interest_bridge_backward
 from .multi_granularity_attention import (
     attend,
@@ -59,6 +63,7 @@ _LOWEST = tl.constexpr(-3e38)
 
 _WIDEST = 32
 _TILE_ELEMENTS = 2048
+_LONGEST_TILE = 32
 
 
 @triton.jit
@@ -75,13 +80,13 @@ def _table_rows(
 
 @triton.jit
 def _load_history(
-    history, table, user, length, table_size, stride_b, stride_l, stride_d, table_stride_n,
+    history, table, start, length, table_size, stride_l, stride_d, table_stride_n,
     table_stride_d, D: tl.constexpr, L_TILE: tl.constexpr, D_TILE: tl.constexpr,
 ):  # fmt: skip
-    """One user's embedded history [L_TILE, D_TILE] in float32, gathered where it holds ids."""
-    at = tl.arange(0, L_TILE)[:, None]
+    """A tile of an embedded history [L_TILE, D_TILE] in float32, gathered where it holds ids."""
+    at = start + tl.arange(0, L_TILE)[:, None]
     here = at < length
-    history += user * stride_b + at.to(tl.int64) * stride_l
+    history += at.to(tl.int64) * stride_l
     if table is None:
         x = load_rows(history, here, stride_d, D, D_TILE)
     else:
@@ -142,6 +147,51 @@ def _route(x, first, real, length, weight, iterations, K: tl.constexpr, PADDING:
 
 
 @triton.jit
+def _jagged_tile(
+    history, table, logits, back, start, length, known, table_size, stride_l, stride_d,
+    table_stride_n, table_stride_d, logits_stride_k, logits_stride_l, K: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, L_TILE: tl.constexpr,
+):  # fmt: skip
+    """Positions ``start ..`` of a history [L_TILE, D_TILE] and their coupling [K_TILE, L_TILE]."""
+    x = _load_history(
+        history, table, start, length, table_size, stride_l, stride_d, table_stride_n,
+        table_stride_d, D, L_TILE, back.shape[1],
+    )  # fmt: skip
+    logit = load_logits(
+        logits, start, logits_stride_k, logits_stride_l, known, K, back.shape[0], L_TILE
+    )
+    logit += product(back, tl.trans(x), tl.float32)
+    real = load_real(None, start, 0, length, L_TILE)
+    return x, _coupling(logit, real, length, K, PADDING)
+
+
+@triton.jit
+def _route_jagged(
+    history, table, logits, weight, length, known, iterations, table_size, stride_l, stride_d,
+    table_stride_n, table_stride_d, logits_stride_k, logits_stride_l, K: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, K_TILE: tl.constexpr, L_TILE: tl.constexpr,
+):  # fmt: skip
+    """Of a history of any length: what its last logits add, weighted sums and capsules."""
+    back = tl.zeros([K_TILE, weight.shape[0]], tl.float32)
+    pooled = tl.zeros([K_TILE, weight.shape[0]], tl.float32)
+    capsules = tl.zeros([K_TILE, weight.shape[1]], tl.float32)
+    for _ in range(bound(iterations)):
+        norm2 = tl.sum(capsules * capsules, 1, keep_dims=True)
+        factor, _slope = squash_factor(norm2, SQRT_EPS, _EPS, 1.0)
+        back += product(factor * capsules, tl.trans(weight), tl.float32)
+        pooled = tl.zeros([K_TILE, weight.shape[0]], tl.float32)
+        for start in range(0, bound(length), L_TILE):
+            x, share = _jagged_tile(
+                history, table, logits, back, start, length, known, table_size, stride_l, stride_d,
+                table_stride_n, table_stride_d, logits_stride_k, logits_stride_l, K, D, PADDING,
+                L_TILE,
+            )  # fmt: skip
+            pooled += product(share, x, tl.float32)
+        capsules = product(pooled, weight, tl.float32)
+    return back, pooled, capsules
+
+
+@triton.jit
 def _hidden(interests, w1, b1, D: tl.constexpr, H: tl.constexpr, H_TILE: tl.constexpr):
     """Hidden units [K_TILE, H_TILE] of the interests [K_TILE, D_TILE]."""
     weight = _load_matrix(w1, H, D, H_TILE, interests.shape[1])
@@ -149,7 +199,7 @@ def _hidden(interests, w1, b1, D: tl.constexpr, H: tl.constexpr, H_TILE: tl.cons
     return tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["length", "iterations"])
+@triton.jit(do_not_specialize=["rows", "logits_length", "iterations"])
 def _mimnet_forward_kernel(
     history,
     table,
@@ -170,11 +220,13 @@ def _mimnet_forward_kernel(
     fusion_weight,
     fusion_bias,
     logits,
+    offsets,
     mask,
     ratings,
     pooled_out,
     transferred_out,
-    length,
+    rows,
+    logits_length,
     iterations,
     table_size,
     history_stride_b,
@@ -191,6 +243,7 @@ def _mimnet_forward_kernel(
     logits_stride_b,
     logits_stride_k,
     logits_stride_l,
+    logits_stride_t,
     mask_stride_b,
     mask_stride_l,
     K: tl.constexpr,
@@ -203,17 +256,26 @@ def _mimnet_forward_kernel(
     H_TILE: tl.constexpr,
 ):
     user = tl.program_id(0).to(tl.int64)
-    if mask is not None:
-        mask += user * mask_stride_b
-    x = _load_history(
-        history, table, user, length, table_size, history_stride_b, history_stride_l,
-        history_stride_d, table_stride_n, table_stride_d, D, L_TILE, D_TILE,
-    )  # fmt: skip
-    logits += user * logits_stride_b
-    first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
-    real = load_real(mask, 0, mask_stride_l, length, L_TILE)
+    owner, first_row, length = history_of(offsets, user, tl.num_programs(0), rows)
+    history += owner * history_stride_b + first_row * history_stride_l
+    logits += user * logits_stride_b + first_row * logits_stride_t
     weight = _load_matrix(routing_weight, D, D, D_TILE, D_TILE)
-    _, pooled, capsules = _route(x, first, real, length, weight, iterations, K, PADDING)
+    if offsets is None:
+        if mask is not None:
+            mask += user * mask_stride_b
+        x = _load_history(
+            history, table, 0, length, table_size, history_stride_l, history_stride_d,
+            table_stride_n, table_stride_d, D, L_TILE, D_TILE,
+        )  # fmt: skip
+        first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
+        real = load_real(mask, 0, mask_stride_l, length, L_TILE)
+        _, pooled, capsules = _route(x, first, real, length, weight, iterations, K, PADDING)
+    else:
+        _, pooled, capsules = _route_jagged(
+            history, table, logits, weight, length, tl.minimum(length, logits_length), iterations,
+            table_size, history_stride_l, history_stride_d, table_stride_n, table_stride_d,
+            logits_stride_k, logits_stride_l, K, D, PADDING, K_TILE, L_TILE,
+        )  # fmt: skip
     _store_matrix(pooled_out + user * K * D, pooled, K, D)
     factor, _ = squash_factor(tl.sum(capsules * capsules, 1, keep_dims=True), SQRT_EPS, _EPS, 1.0)
 
@@ -250,7 +312,7 @@ def _mimnet_forward_kernel(
     tl.store(ratings + user, tl.sum(out * item_row))
 
 
-@triton.jit(do_not_specialize=["length", "iterations"])
+@triton.jit(do_not_specialize=["rows", "logits_length", "iterations"])
 def _mimnet_backward_kernel(
     grad,
     pooled,
@@ -274,13 +336,15 @@ def _mimnet_backward_kernel(
     fusion_weight,
     fusion_bias,
     logits,
+    offsets,
     mask,
     history_grad,
     source_grad,
     item_grad,
     prototype_grad,
+    factors,
     rows,
-    length,
+    logits_length,
     iterations,
     table_size,
     grad_stride,
@@ -298,6 +362,7 @@ def _mimnet_backward_kernel(
     logits_stride_b,
     logits_stride_k,
     logits_stride_l,
+    logits_stride_t,
     mask_stride_b,
     mask_stride_l,
     K: tl.constexpr,
@@ -347,14 +412,14 @@ def _mimnet_backward_kernel(
     gate_grad = coarse_dot - fine_dot + tl.sum(item_row * biases, 1, keep_dims=True)
     gate_grad *= rating_grad * fine * coarse
     # Each part's rows are stored as soon as they are known, to free registers for the next.
-    if rows is not None:
-        rows += user * (12 * D + 1 + D * D + H + 2 * D * H)
+    if factors is not None:
+        factors += user * (12 * D + 1 + D * D + H + 2 * D * H)
         store_rows(
-            rows + tl.zeros([1, 1], tl.int64), here, item_row, prototype_row,
+            factors + tl.zeros([1, 1], tl.int64), here, item_row, prototype_row,
             rating_grad * item_row, fine, coarse, gate_grad, fine_pooled, coarse_pooled,
             fine_folded_grad, coarse_folded_grad, D,
         )  # fmt: skip
-        rows += 10 * D + 1
+        factors += 10 * D + 1
     if item_grad is not None:
         value = fine * projected(fine_pooled, fine_value_weight, fine_value_bias, 0, D, D_TILE)
         value += coarse * projected(
@@ -378,12 +443,12 @@ def _mimnet_backward_kernel(
     hidden = _hidden(interests, w1, b1, D, H, H_TILE)
     contracted_grad = product(tl.trans(t_grad), hidden, tl.float32)
     shift_grad = tl.sum(t_grad, 0, keep_dims=True)
-    if rows is not None:
+    if factors is not None:
         source_row = load_rows(source, here, source_stride_d, D, D_TILE)
-        _store_matrix(rows, source_row, 1, D)
-        _store_matrix(rows + D, shift_grad, 1, D)
-        _store_matrix(rows + 2 * D, contracted_grad, D, H)
-        rows += 2 * D + D * H
+        _store_matrix(factors, source_row, 1, D)
+        _store_matrix(factors + D, shift_grad, 1, D)
+        _store_matrix(factors + 2 * D, contracted_grad, D, H)
+        factors += 2 * D + D * H
     contracted = tl.zeros([D_TILE, H_TILE], tl.float32)
     for s in tl.range(D, loop_unroll_factor=4):
         element = tl.load(source + s * source_stride_d).to(tl.float32)
@@ -398,28 +463,50 @@ def _mimnet_backward_kernel(
     interests_grad = product(hidden_grad, w1_tile, tl.float32)
     dot = tl.sum(capsules * interests_grad, 1, keep_dims=True)
     capsules_grad = factor * interests_grad + squash_slope(dot, norm2, radial) * capsules
-    if rows is not None:
-        _store_matrix(rows, product(tl.trans(hidden_grad), interests, tl.float32), H, D)
-        _store_matrix(rows + D * H, tl.sum(hidden_grad, 0, keep_dims=True), 1, H)
-        rows += D * H + H
-        _store_matrix(rows, product(tl.trans(pooled), capsules_grad, tl.float32), D, D)
+    if factors is not None:
+        _store_matrix(factors, product(tl.trans(hidden_grad), interests, tl.float32), H, D)
+        _store_matrix(factors + D * H, tl.sum(hidden_grad, 0, keep_dims=True), 1, H)
+        factors += D * H + H
+        _store_matrix(factors, product(tl.trans(pooled), capsules_grad, tl.float32), D, D)
 
     if history_grad is not None:
-        if mask is not None:
-            mask += user * mask_stride_b
-        x = _load_history(
-            history, table, user, length, table_size, history_stride_b, history_stride_l,
-            history_stride_d, table_stride_n, table_stride_d, D, L_TILE, D_TILE,
-        )  # fmt: skip
-        logits += user * logits_stride_b
-        first = load_logits(logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE)
-        real = load_real(mask, 0, mask_stride_l, length, L_TILE)
-        coupling, _, _ = _route(x, first, real, length, weight, iterations, K, PADDING)
-        x_grad = product(capsules_grad, tl.trans(weight), tl.float32)
-        x_grad = product(tl.trans(coupling), x_grad, tl.float32)
-        at = tl.arange(0, L_TILE)[:, None]
-        x_offsets = (user * length + at) * D + d
-        tl.store(history_grad + x_offsets, x_grad, mask=(at < length) & (d < D))
+        owner, first_row, length = history_of(offsets, user, tl.num_programs(0), rows)
+        history += owner * history_stride_b + first_row * history_stride_l
+        history_grad += (owner * rows + first_row) * D
+        logits += user * logits_stride_b + first_row * logits_stride_t
+        if offsets is None:
+            if mask is not None:
+                mask += user * mask_stride_b
+            x = _load_history(
+                history, table, 0, length, table_size, history_stride_l, history_stride_d,
+                table_stride_n, table_stride_d, D, L_TILE, D_TILE,
+            )  # fmt: skip
+            first = load_logits(
+                logits, 0, logits_stride_k, logits_stride_l, length, K, K_TILE, L_TILE
+            )
+            real = load_real(mask, 0, mask_stride_l, length, L_TILE)
+            coupling, _, _ = _route(x, first, real, length, weight, iterations, K, PADDING)
+            x_grad = product(capsules_grad, tl.trans(weight), tl.float32)
+            x_grad = product(tl.trans(coupling), x_grad, tl.float32)
+            at = tl.arange(0, L_TILE)[:, None]
+            tl.store(history_grad + at * D + d, x_grad, mask=(at < length) & (d < D))
+        else:
+            known = tl.minimum(length, logits_length)
+            sum_seen = product(capsules_grad, tl.trans(weight), tl.float32)
+            back, _, _ = _route_jagged(
+                history, table, logits, weight, length, known, iterations, table_size,
+                history_stride_l, history_stride_d, table_stride_n, table_stride_d,
+                logits_stride_k, logits_stride_l, K, D, PADDING, K_TILE, L_TILE,
+            )  # fmt: skip
+            for start in range(0, bound(length), L_TILE):
+                _x, coupling = _jagged_tile(
+                    history, table, logits, back, start, length, known, table_size,
+                    history_stride_l, history_stride_d, table_stride_n, table_stride_d,
+                    logits_stride_k, logits_stride_l, K, D, PADDING, L_TILE,
+                )  # fmt: skip
+                x_grad = product(tl.trans(coupling), sum_seen, tl.float32)
+                at = start + tl.arange(0, L_TILE).to(tl.int64)[:, None]
+                tl.store(history_grad + at * D + d, x_grad, mask=(at < length) & (d < D))
 
 
 @triton.jit
@@ -478,8 +565,9 @@ def _interests_kernel(
         tl.store(out + row * D + d, factor * c, mask=here & (d < D))
 
 
-def _tiles(k: int, length: int, d: int, hidden: int) -> dict[str, int] | None:
+def _tiles(k: int, rows: int, d: int, hidden: int, offsets: Tensor | None) -> dict[str, int] | None:
     """Tiles of a user that stay in registers; None where they are too large for that."""
+    length = rows if offsets is None else min(usual_length(rows, offsets), _LONGEST_TILE)
     # The sums over the interests are products, whose inner size is at least 16.
     k_tile, l_tile, d_tile, h_tile = (padded(size, 16) for size in (k, length, d, hidden))
     elements = max(k_tile, d_tile) * max(l_tile, h_tile)
@@ -515,15 +603,11 @@ def _strides(
     mask: Tensor | None,
 ) -> tuple[int, ...]:
     """Strides of what is not contiguous; 0 for dimensions that are not there or repeated."""
-    found = [*history.stride(), *(0,) * (3 - history.dim())]
+    found = [0] * _is_jagged(history, table) + list(history.stride()) + [0] * (table is not None)
     found += (0, 0) if table is None else table.stride()
     for vector in vectors:
         found += vector.stride()
-    first, *others = logits.stride()
-    found += 0 if logits.shape[0] == 1 else first, *others
-    if mask is None:
-        return (*found, 0, 0)
-    return (*found, *mask.stride(), *(0,) * (2 - mask.dim()))
+    return (*found, *logit_strides(logits), *mask_strides(mask))
 
 
 def _check_ids(ids: Tensor, rows: int) -> None:
@@ -621,13 +705,15 @@ def mimnet_forward(
     ``others`` are the fifteen parameters, logits, mask, iterations and padding.
     """
     *parameters, logits, mask, iterations, padding = others
+    jagged = _is_jagged(history, table)
     if table is not None:
         _check_ids(history, table.shape[0])
     vectors = source, item, prototype
     batch, d = source.shape
-    k, length = logits.shape[-2:]
-    hidden = parameters[1].shape[0]
-    tiles = None if _is_jagged(history, table) else _tiles(k, length, d, hidden)
+    k, hidden = logits.shape[-2], parameters[1].shape[0]
+    rows = history.shape[0 if jagged else 1]
+    offsets, dense_mask = offsets_or_mask(mask, jagged)
+    tiles = _tiles(k, rows, d, hidden, offsets)
     if tiles is None:
         interests, _, pooled = _route_in_parts(
             history, table, parameters[0], logits, mask, iterations, padding
@@ -643,14 +729,16 @@ def mimnet_forward(
         (batch,),
         *_inputs(history, table, vectors, parameters),
         logits,
-        mask,
+        offsets,
+        dense_mask,
         ratings,
         pooled,
         transferred,
-        length,
+        rows,
+        logits.shape[-1] if jagged else None,
         iterations,
         0 if table is None else table.shape[0],
-        *_strides(history, table, vectors, logits, mask),
+        *_strides(history, table, vectors, logits, dense_mask),
         k,
         d,
         hidden,
@@ -676,9 +764,11 @@ def mimnet_forward_backward(
     pooled, transferred = pooled.contiguous(), transferred.contiguous()
     vectors = source, item, prototype
     batch, d = source.shape
-    k, length = logits.shape[-2:]
-    hidden = parameters[1].shape[0]
-    tiles = None if _is_jagged(history, table) else _tiles(k, length, d, hidden)
+    k, hidden = logits.shape[-2], parameters[1].shape[0]
+    jagged = _is_jagged(history, table)
+    rows = history.shape[0 if jagged else 1]
+    offsets, dense_mask = offsets_or_mask(mask, jagged)
+    tiles = _tiles(k, rows, d, hidden, offsets)
     if tiles is None:
         return _backward_in_parts(
             grad, pooled, transferred, history, table, vectors, parameters, logits, mask,
@@ -687,9 +777,9 @@ def mimnet_forward_backward(
     embeddings = history, *vectors
     grads = [t.new_empty(t.shape) if needs >> i & 1 else None for i, t in enumerate(embeddings)]
     parts = [10 * d + 1, d, d, d * hidden, d * hidden, hidden, d * d]
-    rows = None
+    factors = None
     if needs >> 4:
-        rows = source.new_empty(batch, 1, sum(parts), dtype=torch.float32)
+        factors = source.new_empty(batch, 1, sum(parts), dtype=torch.float32)
     launch(
         _mimnet_backward_kernel,
         (batch,),
@@ -698,14 +788,16 @@ def mimnet_forward_backward(
         transferred,
         *_inputs(history, table, vectors, parameters),
         logits,
-        mask,
+        offsets,
+        dense_mask,
         *grads,
+        factors,
         rows,
-        length,
+        logits.shape[-1] if jagged else None,
         iterations,
         0 if table is None else table.shape[0],
         *grad.stride(),
-        *_strides(history, table, vectors, logits, mask),
+        *_strides(history, table, vectors, logits, dense_mask),
         k,
         d,
         hidden,
@@ -713,8 +805,8 @@ def mimnet_forward_backward(
         **tiles,
     )
     products = []
-    if rows is not None:
-        attention, source_rows, shift, contracted, w1, b1, weight = rows.split(parts, 2)
+    if factors is not None:
+        attention, source_rows, shift, contracted, w1, b1, weight = factors.split(parts, 2)
         products = [
             (None, weight), (None, w1), (None, b1), (source_rows, contracted),
             (source_rows, shift), *fusion_products(attention, d),

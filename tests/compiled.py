@@ -35,6 +35,7 @@ from cases import (  # noqa: E402
     Call,
     attention_call,
     catalogue_call,
+    mimnet_call,
     padded_and_jagged,
     routing_call,
 )
@@ -182,6 +183,9 @@ def _calls() -> Iterator[tuple[str, Call]]:
             call = routing_call(**{**jagged, "history": "all"}, dtype=dtype)
             lengths = [call.args[0].shape[1]] * call.args[0].shape[0]
             yield f"jagged {name}", padded_and_jagged(call, lengths)[1].trainable()
+        for ids in (None, torch.int64):
+            call = mimnet_call(length=50, k=7, d=32, h=64, ids=ids, dtype=dtype)
+            yield f"jagged {name}", padded_and_jagged(call, [50] * 5)[1].trainable()
         yield f"C=100 {name}", attention_call(k=8, d=64, c=100, dtype=dtype).trainable()
         for d in (10, 32, 64):
             for prototypes, seen in ((3, 5), (None, 0)):

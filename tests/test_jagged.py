@@ -137,10 +137,15 @@ def test_options_verified(backend, options, logits):
     padded_and_jagged(call, FEW, logits == "each")[1].verify(backend)
 
 
-@pytest.mark.parametrize("logits", LOGITS[:2])
-def test_mimnet_of_ids_verified(backend, logits):
-    call = mimnet_call(b=4, length=max(FEW), one_logits=logits == "one", ids=torch.int32)
-    padded_and_jagged(call, FEW)[1].verify(backend)
+@pytest.mark.parametrize(
+    ("d", "table", "logits"),
+    [(4, torch.int32, "one"), (33, None, "each"), (33, torch.int64, "batch")],
+)
+def test_mimnet_verified(backend, d, table, logits):
+    """Widths that one program of Triton's serves and that it does not."""
+    length = max(FEW) + 1
+    call = mimnet_call(b=4, length=length, d=d, one_logits=logits == "one", ids=table)
+    padded_and_jagged(call, FEW, logits == "each")[1].verify(backend)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient": "full"}], **ids)
@@ -288,6 +293,23 @@ def test_opcheck_and_export():
     args = (*jagged.args, offsets_of(lengths))
     exported = torch.export.export(Routing(), args).module()
     assert torch.equal(exported(*args), Routing()(*args))
+
+
+def test_compiled_offsets_of_mimnet_are_bounded(backend, poisoned):
+    call = mimnet_call(b=3, length=9, one_logits=True)
+    _, jagged = padded_and_jagged(call, [3, 0, 9])
+
+    def run(history, *others):
+        return jagged.op(history, *others[:-1], offsets=others[-1], backend=backend)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    history, *others = jagged.args
+    history.requires_grad_()
+    for wrong in ([5, -(2**40), 2**40, 1], [0, 3, 3, 99]):
+        out = compiled(history, *others, torch.tensor(wrong))
+        (grad,) = torch.autograd.grad(out.sum(), history)
+        assert out.isfinite().all()
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("each", [True, False])
