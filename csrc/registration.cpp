@@ -19,4 +19,5 @@ STABLE_TORCH_LIBRARY_IMPL(mimnet_fast, MIMNET_FAST_DISPATCH_KEY, m) {
   m.impl("mimnet_forward_backward", TORCH_BOX(&b::mimnet_forward_backward));
   m.impl("catalogue_top_k", TORCH_BOX(&b::catalogue_top_k));
   m.impl("matrix_factorization_adam_", TORCH_BOX(&b::matrix_factorization_adam));
+  m.impl("mimnet_adam_", TORCH_BOX(&b::mimnet_adam));
 }

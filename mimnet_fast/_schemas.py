@@ -78,6 +78,13 @@ IN_PLACE = (
     "Tensor(c!) user_first, Tensor(d!) user_second, Tensor(e!) item_first, Tensor(f!) item_second, "
     "Tensor user_ids, Tensor item_ids, Tensor ratings, int batch_size, int first_step, "
     "float learning_rate, float beta1, float beta2, float eps) -> Tensor",
+    # parameters [P] one after another, in the order of mimnet_forward -> losses
+    "mimnet_adam_(Tensor(a!) parameters, Tensor(b!) first, Tensor(c!) second, Tensor(d!)? average, "
+    "Tensor users, Tensor items, Tensor ratings, Tensor? weights, Tensor histories, "
+    "Tensor lengths, Tensor history_table, Tensor source_table, Tensor item_table, "
+    "Tensor prototype_table, Tensor logits, int hidden, int batch_size, int iterations, "
+    "int padding, int first_step, float learning_rate, float beta1, float beta2, float eps, "
+    "float weight_decay, float averaging) -> Tensor",
 )
 """Ops without Triton kernels, which change their arguments."""
 

@@ -22,11 +22,7 @@ Tensor matrix_factorization_adam(Tensor user_table, Tensor item_table, Tensor us
   args.item_ids = view(item_ids);
   args.ratings = view(ratings);
   args.batch_size = batch_size;
-  args.first_step = first_step;
-  args.learning_rate = learning_rate;
-  args.beta1 = beta1;
-  args.beta2 = beta2;
-  args.eps = eps;
+  args.adam = {learning_rate, beta1, beta2, eps, first_step};
   args.losses = view(losses);
   args.execution = device.execution();
   kernels().matrix_factorization_adam(args);

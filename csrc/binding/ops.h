@@ -88,4 +88,12 @@ Tensor matrix_factorization_adam(Tensor user_table, Tensor item_table, Tensor us
                                  int64_t batch_size, int64_t first_step, double learning_rate,
                                  double beta1, double beta2, double eps);
 
+Tensor mimnet_adam(Tensor parameters, Tensor first, Tensor second, OptionalTensor average,
+                   Tensor users, Tensor items, Tensor ratings, OptionalTensor weights,
+                   Tensor histories, Tensor lengths, Tensor history_table, Tensor source_table,
+                   Tensor item_table, Tensor prototype_table, Tensor logits, int64_t hidden,
+                   int64_t batch_size, int64_t iterations, int64_t padding, int64_t first_step,
+                   double learning_rate, double beta1, double beta2, double eps,
+                   double weight_decay, double averaging);
+
 }  // namespace mimnet_fast::binding

@@ -118,6 +118,11 @@ struct CatalogueArgs {
   Execution execution;
 };
 
+struct Adam {
+  double learning_rate, beta1, beta2, eps;
+  int64_t first_step;  // the steps before
+};
+
 struct FactorizationArgs {
   // Contiguous: [U,D] and [I,D], each with Adam's moments, all updated in place.
   View user_table, user_first, user_second;
@@ -125,9 +130,30 @@ struct FactorizationArgs {
   View user_ids, item_ids;  // int64 [N], contiguous
   View ratings;             // [N], contiguous
   int64_t batch_size;
-  int64_t first_step;  // Adam's count of the steps before
-  double learning_rate, beta1, beta2, eps;
+  Adam adam;
   View losses;  // [ceil(N / batch_size)]
+  Execution execution;
+};
+
+struct TrainingArgs {
+  // All parameters of MIMNet one after another, in the order of its op, and Adam's moments, updated
+  // in place. The moving average of the parameters is updated too where it is given.
+  View parameters, first, second, average;  // [P]
+  View users, items;                        // int64 [N]
+  View ratings;                             // [N]
+  View weights;                             // none, or of each user [U]
+  View histories;                           // int64 [U,L], ids of history_table
+  View lengths;                             // int64 [U]
+  View history_table;                       // [S,D]
+  View source_table;                        // [U,D]
+  View item_table, prototype_table;         // [M,D]
+  View logits;                              // [N,K,L]
+  int64_t hidden, batch_size, iterations;
+  Padding padding;
+  Adam adam;
+  double weight_decay;
+  double averaging;  // share that the past keeps, less while there is little of it
+  View losses;       // [ceil(N / batch_size)]
   Execution execution;
 };
 
@@ -147,6 +173,7 @@ struct Kernels {
   void (*mimnet_forward_backward)(const MIMNetArgs&);
   void (*catalogue_top_k)(const CatalogueArgs&);
   void (*matrix_factorization_adam)(const FactorizationArgs&);  // null on accelerators
+  void (*mimnet_adam)(const TrainingArgs&);                     // likewise
 };
 
 // Those of the library that this is linked into, for the device at hand.

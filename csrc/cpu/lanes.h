@@ -241,6 +241,22 @@ MIMNET_FAST_INLINE void store_partial(T* p, Vec<T> v, int n) {
 #endif
 }
 
+// A vector, or its first elements where `left` of them are fewer.
+template <class T>
+MIMNET_FAST_INLINE Vec<T> load_vector(const T* p, int64_t left) {
+  if (left >= kLanes<T>) return *reinterpret_cast<const Unaligned<T>*>(p);
+  return load_partial(p, int(left));
+}
+
+template <class T>
+MIMNET_FAST_INLINE void store_vector(T* p, Vec<T> v, int64_t left) {
+  if (left >= kLanes<T>) {
+    *reinterpret_cast<Unaligned<T>*>(p) = v;
+  } else {
+    store_partial(p, v, int(left));
+  }
+}
+
 // Transpose of a square of kLanes vectors, by exchanging ever smaller blocks.
 template <class T>
 MIMNET_FAST_INLINE void transpose(Vec<T>* v) {

@@ -21,42 +21,36 @@
 // number of steps only. Where e_j is not small, the steps are taken one by one.
 #include <cmath>
 
+#include "adam.h"
 #include "memory.h"
 #include "ops.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 namespace {
 
-template <class T>
-struct Moving {
-  Vec<T> value, first, second;  // a parameter and its moments
-};
-
 // Adam's steps without a gradient: any number of them, up to and with the current one.
 template <class T>
 class MissedSteps {
  public:
-  MissedSteps(const FactorizationArgs& args, int64_t steps)
-      : args_(args),
-        ratio_(args.beta1 / std::sqrt(args.beta2)),
-        ratio_of_eps_(args.beta1 / args.beta2),
+  MissedSteps(const Adam& adam, int64_t steps)
+      : adam_(adam),
+        ratio_(adam.beta1 / std::sqrt(adam.beta2)),
+        ratio_of_eps_(adam.beta1 / adam.beta2),
         terms_(steps) {
     // Later terms are below the rounding of T.
     const double negligible = sizeof(T) == 4 ? 1e-9 : 1e-18;
     const double enough = std::log(negligible) / std::log(ratio_);
     if (double(steps) > enough) terms_ = int64_t(enough) + 1;
     decays_ = Buffer<Decay>(steps + 1);
-    corrections_ = Buffer<Correction>(steps + 1);
     last_terms_ = Buffer<Series>(steps + 1);
     series_ = Buffer<Series>(terms_ + 1);
     longest_ = Buffer<Series>(steps + 1);
     for (int64_t n = 0; n <= steps; ++n) {
       // Less than a normal number leaves nothing, and is slow to multiply with.
-      const double first = std::pow(args.beta1, double(n));
-      decays_.get()[n] = {T(first < 1e-37 ? 0 : first), T(std::pow(args.beta2, double(n)))};
-      const double step = double(args.first_step + n);
-      const double c1 = 1 - std::pow(args.beta1, step), c2 = 1 - std::pow(args.beta2, step);
-      corrections_.get()[n] = {c1, std::sqrt(c2)};
+      const double first = std::pow(adam.beta1, double(n));
+      decays_.get()[n] = {T(first < 1e-37 ? 0 : first), T(std::pow(adam.beta2, double(n)))};
+      const double step = double(adam.first_step + n);
+      const double c1 = 1 - std::pow(adam.beta1, step), c2 = 1 - std::pow(adam.beta2, step);
       last_terms_.get()[n] = {ratio_ * std::sqrt(c2) / c1, ratio_of_eps_ * c2 / c1};
     }
   }
@@ -84,8 +78,8 @@ class MissedSteps {
     const Decay& decay = decays_.get()[count];
     return {last,
             count,
-            T(args_.learning_rate * sum.movement),
-            T(args_.eps * sum.eps / sum.movement),
+            T(adam_.learning_rate * sum.movement),
+            T(adam_.eps * sum.eps / sum.movement),
             decay.first,
             decay.second};
   }
@@ -99,32 +93,9 @@ class MissedSteps {
     at.second *= gap.decay2;
   }
 
-  // What the rows of a batch need in one step.
-  struct Step {
-    T take1, keep2, take2, rate, root, eps;
-
-    MIMNET_FAST_INLINE void operator()(Moving<T>& at, Vec<T> gradient) const {
-      at.first += take1 * (gradient - at.first);
-      at.second = keep2 * at.second + take2 * gradient * gradient;
-      move(at);
-    }
-    MIMNET_FAST_INLINE void move(Moving<T>& at) const {
-      at.value -= rate * at.first / (sqrt(at.second) * root + eps);
-    }
-  };
-  Step step(int64_t step) const {
-    const Correction& correction = corrections_.get()[step];
-    return {T(1 - args_.beta1),       T(args_.beta2),
-            T(1 - args_.beta2),       T(args_.learning_rate / correction.first),
-            T(1 / correction.second), T(args_.eps)};
-  }
-
  private:
   struct Decay {
     T first, second;
-  };
-  struct Correction {
-    double first, second;  // c1 and c2
   };
   struct Series {
     double movement, eps;  // S and E, or terms of them
@@ -133,19 +104,18 @@ class MissedSteps {
   void one_by_one(Moving<T>& at, const Gap& gap) const {
     const Vec<T> second = at.second, first = at.first;
     for (int64_t n = 1; n <= gap.count && n <= terms_; ++n) {
-      at.first *= T(args_.beta1);
-      at.second *= T(args_.beta2);
-      step(gap.last + n).move(at);
+      at.first *= T(adam_.beta1);
+      at.second *= T(adam_.beta2);
+      AdamStep<T>(adam_, double(adam_.first_step + gap.last + n)).move(at);
     }
     at.first = first * gap.decay1;
     at.second = second * gap.decay2;
   }
 
-  const FactorizationArgs& args_;
+  const Adam& adam_;
   double ratio_, ratio_of_eps_;
   int64_t terms_;
   Buffer<Decay> decays_;
-  Buffer<Correction> corrections_;
   Buffer<Series> last_terms_;
   Buffer<Series> series_;   // by the number of steps up to the current one
   Buffer<Series> longest_;  // of terms_ steps up to each
@@ -201,13 +171,12 @@ class Table {
   Vec<T>& gradient(int64_t place, int64_t e) { return vector(kGradient, place, e); }
 
   // The step of the rows of the batch, which the next one replaces.
-  void update(int64_t step, const MissedSteps<T>& missed) {
-    const auto take_step = missed.step(step);
+  void update(const AdamStep<T>& adam) {
     for (int64_t place = 0; place < used_; ++place) {
       for (int64_t e = 0; e < width_; e += kLanes<T>) {
         Moving<T> at = {vector(kValues, place, e), vector(kFirst, place, e),
                         vector(kSecond, place, e)};
-        take_step(at, vector(kGradient, place, e));
+        adam(at, vector(kGradient, place, e));
         store(at, indices_.get()[place], e);
       }
     }
@@ -243,28 +212,15 @@ class Table {
 
   Moving<T> load(int64_t row, int64_t e) const {
     const int64_t from = row * d_ + e;
-    return {load_up_to(values_ + from, d_ - e), load_up_to(first_ + from, d_ - e),
-            load_up_to(second_ + from, d_ - e)};
+    return {load_vector(values_ + from, d_ - e), load_vector(first_ + from, d_ - e),
+            load_vector(second_ + from, d_ - e)};
   }
 
   void store(const Moving<T>& at, int64_t row, int64_t e) const {
     const int64_t to = row * d_ + e;
-    store_up_to(values_ + to, at.value, d_ - e);
-    store_up_to(first_ + to, at.first, d_ - e);
-    store_up_to(second_ + to, at.second, d_ - e);
-  }
-
-  static Vec<T> load_up_to(const T* p, int64_t left) {
-    if (left >= kLanes<T>) return *reinterpret_cast<const Unaligned<T>*>(p);
-    return load_partial(p, int(left));
-  }
-
-  static void store_up_to(T* p, Vec<T> v, int64_t left) {
-    if (left >= kLanes<T>) {
-      *reinterpret_cast<Unaligned<T>*>(p) = v;
-    } else {
-      store_partial(p, v, int(left));
-    }
+    store_vector(values_ + to, at.value, d_ - e);
+    store_vector(first_ + to, at.first, d_ - e);
+    store_vector(second_ + to, at.second, d_ - e);
   }
 
   int64_t count_, d_, width_;
@@ -287,7 +243,7 @@ void run(const FactorizationArgs& args) {
   const int64_t ratings = args.ratings.size[0], d = args.user_table.size[1];
   const int64_t steps = (ratings + args.batch_size - 1) / args.batch_size;
   const int64_t most = args.batch_size < ratings ? args.batch_size : ratings;
-  MissedSteps<T> missed(args, steps);
+  MissedSteps<T> missed(args.adam, steps);
   Table<T> users(args.user_table, args.user_first, args.user_second, most);
   Table<T> items(args.item_table, args.item_first, args.item_second, most);
   const auto* user_ids = static_cast<const int64_t*>(args.user_ids.data);
@@ -326,8 +282,9 @@ void run(const FactorizationArgs& args) {
       }
     }
     losses[step - 1] = T(loss / double(count));
-    users.update(step, missed);
-    items.update(step, missed);
+    const AdamStep<T> adam(args.adam, double(args.adam.first_step + step));
+    users.update(adam);
+    items.update(adam);
     missed.advance(step);
   }
   users.finish(steps, missed, args.execution.parallel);

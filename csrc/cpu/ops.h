@@ -21,5 +21,6 @@ void mimnet_forward(const MIMNetArgs& args);
 void mimnet_forward_backward(const MIMNetArgs& args);
 void catalogue_top_k(const CatalogueArgs& args);
 void matrix_factorization_adam(const FactorizationArgs& args);
+void mimnet_adam(const TrainingArgs& args);
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -22,6 +22,7 @@ const Kernels& kernels() {
       mimnet_forward_backward,
       catalogue_top_k,
       matrix_factorization_adam,
+      mimnet_adam,
   };
   return table;
 }

@@ -17,6 +17,7 @@ const mimnet_fast::Kernels& mimnet_fast::kernels() {
       cuda::mimnet_forward_backward,
       cuda::catalogue_top_k,
       nullptr,
+      nullptr,
   };
   return table;
 }

@@ -23,10 +23,10 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, prepare
 from mimnet_fast.cdr.evaluation import Errors, errors
 from mimnet_fast.cdr.experiment import BaseModels, run
+from mimnet_fast.cdr.losses import SquaredError
 from mimnet_fast.cdr.models import MODELS, MIMNet
 from mimnet_fast.cdr.synthetic import Synthetic
 from mimnet_fast.cdr.training import (
-    SquaredError,
     adam,
     seeded_generator,
     seeded_module,

@@ -34,6 +34,7 @@ from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.diagnostics import diagnose
 from mimnet_fast.cdr.errors import require_same
 from mimnet_fast.cdr.evaluation import Errors, Evaluation, errors, evaluate, user_errors
+from mimnet_fast.cdr.losses import Loss, SquaredError, TransferLoss
 from mimnet_fast.cdr.models import (
     TRAINABLE,
     TRIVIAL,
@@ -50,9 +51,7 @@ from mimnet_fast.cdr.protocol import Phase, Split, keep_overlap, split
 from mimnet_fast.cdr.tasks import Task
 from mimnet_fast.cdr.training import (
     Epoch,
-    Loss,
     Schedule,
-    SquaredError,
     fit,
     seeded_generator,
     seeded_module,
@@ -446,7 +445,7 @@ class BaseModels(Stage1):
         averaging = BIASED_AVERAGING if self.biased and model.averages else 0.0
         return Job(
             model,
-            lambda *batch: model.loss(inputs, batch, generator),
+            TransferLoss(model, inputs, generator),
             model.examples(inputs, data),
             Schedule(config.epochs, config.batch_size, config.learning_rate, decay, averaging),
             partial(evaluate, partial(model, inputs), data.evaluation),

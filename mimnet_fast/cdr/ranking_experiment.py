@@ -30,6 +30,7 @@ from mimnet_fast.cdr.implicit import (
     RankingSplit,
     ranking_split,
 )
+from mimnet_fast.cdr.losses import Loss
 from mimnet_fast.cdr.models import (
     TRAINABLE,
     FrozenInputs,
@@ -42,7 +43,6 @@ from mimnet_fast.cdr.ranking import Score, Seen, measure, ranks, user_metrics
 from mimnet_fast.cdr.tasks import Task
 from mimnet_fast.cdr.training import (
     Epoch,
-    Loss,
     Schedule,
     seeded_generator,
     seeded_module,

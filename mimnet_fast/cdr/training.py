@@ -18,24 +18,16 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import mse_loss
 from torch.optim import Adam, Optimizer
 
-from mimnet_fast import backends, ops
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.errors import UserError, require_same
-from mimnet_fast.cdr.evaluation import Evaluation, Predict
-from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
+from mimnet_fast.cdr.evaluation import Evaluation
+from mimnet_fast.cdr.losses import Loss, Steps, fused_steps
 
 _STEPS_PER_REFRESH = 20
-_FUSED_STEPS = 20 * 1024
-"""Of a call: few enough to interrupt a run soon, more than enough to spread the cost of a call."""
 _PREDICTIONS = "predictions"
 _Module = TypeVar("_Module", bound=Module)
-
-Loss = Callable[..., Tensor]
-"""Mean loss of a batch: called with the batch's part of each column of the training data."""
-
 
 Epoch = dict[str, float]
 """One finished epoch: the mean ``loss`` of its batches, and what was measured after it."""
@@ -72,17 +64,6 @@ def adam(module: Module, learning_rate: float, weight_decay: float = 0.0) -> Ada
     return Adam(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
-@dataclass(frozen=True)
-class SquaredError:
-    """The mean squared error of ``predict``: called with users, items and their ratings."""
-
-    predict: Predict
-
-    def __call__(self, users: Tensor, items: Tensor, values: Tensor) -> Tensor:
-        """The loss of a batch."""
-        return mse_loss(self.predict(users, items), values)
-
-
 def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
     """One update on the loss of a batch; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
@@ -92,41 +73,16 @@ def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
     return value.detach()
 
 
-def fused_steps(
-    loss: Loss, schedule: Schedule
-) -> Callable[[Optimizer, tuple[Tensor, ...]], Tensor] | None:
-    """What makes all steps on columns of the training data in one call, and gives their losses.
+def _single_steps(optimizer: Optimizer, loss: Loss, average: _Average | None) -> Steps:
+    """One batch at a time, with autograd."""
 
-    None where there is no kernel: it is for the squared error of a matrix factorization, without
-    weight decay or averaging.
-    """
-    if not isinstance(loss, SquaredError) or type(loss.predict) is not MatrixFactorization:
-        return None
-    if schedule.weight_decay or schedule.averaging or backends.available("cpu")["native"]:
-        return None
-    tables = loss.predict.users.weight, loss.predict.items.weight
+    def take(batch: tuple[Tensor, ...], before: int) -> Tensor:
+        value = training_step(optimizer, loss, *batch)
+        if average is not None:
+            average.update(before)
+        return value[None]
 
-    def take(optimizer: Optimizer, columns: tuple[Tensor, ...]) -> Tensor:
-        of_users, of_items = states = [optimizer.state[table] for table in tables]
-        for table, state in zip(tables, states, strict=True):
-            if not state:  # as torch has it after its first step
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(table, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(table, requires_grad=False)
-        losses = ops.matrix_factorization_adam_(
-            *tables,
-            (of_users["exp_avg"], of_users["exp_avg_sq"]),
-            (of_items["exp_avg"], of_items["exp_avg_sq"]),
-            *columns,
-            batch_size=schedule.batch_size,
-            first_step=int(of_users["step"]),
-            learning_rate=schedule.learning_rate,
-        )
-        for state in states:
-            state["step"] += len(losses)
-        return losses
-
-    return take
+    return Steps(1, take)
 
 
 def fit(
@@ -178,21 +134,21 @@ def fit(
     batches = -(-len(examples[0]) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
-    take_steps = fused_steps(loss, schedule)
+    averages = {} if average is None else average.by_parameter(module)
+    steps = fused_steps(loss, schedule, optimizer, averages) or _single_steps(
+        optimizer, loss, average
+    )
     for epoch in range(len(curve) + 1, schedule.epochs + 1):
         losses = torch.empty(batches)
         order = torch.randperm(len(examples[0]), generator=generator)
-        at_once = 1 if take_steps is None else _FUSED_STEPS
-        columns = (column[order].split(at_once * schedule.batch_size) for column in examples)
-        for step, batch in zip(range(0, batches, at_once), zip(*columns, strict=True), strict=True):
-            if take_steps is None:
-                losses[step] = training_step(optimizer, loss, *batch)
-            else:
-                losses[step : step + at_once] = take_steps(optimizer, batch)
-            if average is not None:
-                average.update((epoch - 1) * batches + step)
-            if step % _STEPS_PER_REFRESH == 0:
-                progress.update(task, completed=(epoch - 1) * batches + step)
+        columns = (column[order].split(steps.at_once * schedule.batch_size) for column in examples)
+        done = range((epoch - 1) * batches, epoch * batches, steps.at_once)
+        for before, batch in zip(done, zip(*columns, strict=True), strict=True):
+            taken = steps.take(batch, before)
+            first = before - done.start
+            losses[first : first + len(taken)] = taken
+            if first % _STEPS_PER_REFRESH == 0:
+                progress.update(task, completed=before)
         if not losses.isfinite().all():
             step = int(losses.isfinite().logical_not().nonzero()[0])
             raise UserError(
@@ -237,6 +193,10 @@ class _Average:
         """Take in the parameters after a step, the first of which is 0."""
         share = min(self.share, step / (9 + step))
         torch._foreach_lerp_(self.tensors, self.parameters, 1 - share)
+
+    def by_parameter(self, module: Module) -> dict[Tensor, Tensor]:
+        """The average of each parameter."""
+        return dict(zip(module.parameters(), self.tensors, strict=True))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimnet_fast import backends, reference
-from mimnet_fast.ops import _checks
+from mimnet_fast.ops import _checks, _training
 
 
 def matrix_factorization_adam_(
@@ -83,15 +83,14 @@ def matrix_factorization_adam_(
     count = _checks.is_tensor("ratings", ratings, (1,), "[N]").shape[0]
     _checks.not_empty("ratings", N=count)
     _checks.same("ratings", ratings, (count,), "[N]", user_table)
-    user_ids = _ids("user_ids", user_ids, count, user_table)
-    item_ids = _ids("item_ids", item_ids, count, item_table)
-    _checks.whole("batch_size", batch_size, 1, "ratings in a step")
-    _checks.whole("first_step", first_step, 0, "steps that the moments have seen")
-    learning_rate = _checks.number("learning_rate", learning_rate, above=0.0, meaning="Adam's rate")
-    eps = _checks.number("eps", eps, above=0.0, meaning="added to the denominator")
-    beta1, beta2 = _check_betas(betas)
+    rows = user_table.shape[0], item_table.shape[0]
+    user_ids = _training.ids("user_ids", user_ids, count, "[N]", rows[0], user_table)
+    item_ids = _training.ids("item_ids", item_ids, count, "[N]", rows[1], user_table)
+    learning_rate, beta1, beta2, eps = _training.schedule(
+        batch_size, first_step, learning_rate, betas, eps
+    )
     tensors = (user_table, item_table, *moments)
-    unsupported = _unsupported(user_table.device.type)
+    unsupported = _training.unsupported("matrix_factorization_adam_", user_table.device.type)
     chosen = backends.select("matrix_factorization_adam_", backend, user_table, unsupported)
     with torch.no_grad():
         if chosen == "reference":
@@ -111,8 +110,8 @@ def matrix_factorization_adam_(
             )
         losses: Tensor = torch.ops.mimnet_fast.matrix_factorization_adam_(
             *(t.detach() for t in tensors),
-            user_ids.contiguous(),
-            item_ids.contiguous(),
+            user_ids,
+            item_ids,
             ratings.detach().contiguous(),
             batch_size,
             first_step,
@@ -121,14 +120,8 @@ def matrix_factorization_adam_(
             beta2,
             eps,
         )
-        torch.autograd.graph.increment_version(tensors)
+        _training.changed(tensors)
         return losses
-
-
-def _unsupported(device_type: str) -> dict[str, list[str]]:
-    kinds = {"triton": "Triton"} if device_type == "cpu" else {"triton": "Triton", "native": "CUDA"}
-    reason = "no {} kernel for matrix_factorization_adam_ in this version"
-    return {backend: [reason.format(kind)] for backend, kind in kinds.items()}
 
 
 def _table(name: str, value: Any, meaning: str, like: Tensor | None) -> Tensor:
@@ -138,16 +131,7 @@ def _table(name: str, value: Any, meaning: str, like: Tensor | None) -> Tensor:
     _checks.not_empty(name, rows=table.shape[0], D=table.shape[1])
     if like is not None:
         _checks.same(name, table, (table.shape[0], like.shape[1]), meaning, like)
-    return _contiguous(name, table)
-
-
-def _contiguous(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: got strides {tensor.stride()}, need contiguous memory to update in place: "
-            "pass tensor.contiguous() and copy it back"
-        )
-    return tensor
+    return _training.contiguous(name, table)
 
 
 def _moments(name: str, value: Any, table: Tensor, meaning: str) -> tuple[Tensor, Tensor]:
@@ -155,26 +139,8 @@ def _moments(name: str, value: Any, table: Tensor, meaning: str) -> tuple[Tensor
         raise TypeError(f"{name}: got {type(value).__name__}, need (exp_avg, exp_avg_sq)")
     for index, moment in enumerate(value):
         _checks.same(f"{name}[{index}]", moment, tuple(table.shape), meaning, table)
-        _contiguous(f"{name}[{index}]", moment)
+        _training.contiguous(f"{name}[{index}]", moment)
     return value[0], value[1]
-
-
-def _ids(name: str, value: Any, count: int, table: Tensor) -> Tensor:
-    ids = _checks.integers(name, value, count, "[N]", table)
-    _checks.in_range(name, ids, 0, table.shape[0] - 1, "a row of the table")
-    return ids
-
-
-def _check_betas(betas: Any) -> tuple[float, float]:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas: got {type(betas).__name__}, need (beta1, beta2)")
-    beta1, beta2 = (
-        _checks.number(f"betas[{index}]", beta, above=0.0, meaning="decay of a moment")
-        for index, beta in enumerate(betas)
-    )
-    if not beta1 < beta2 < 1:
-        raise ValueError(f"betas: got {beta1}, {beta2}, need 0 < beta1 < beta2 < 1")
-    return beta1, beta2
 
 
 @torch.library.register_fake("mimnet_fast::matrix_factorization_adam_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,26 +16,6 @@ from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusio
 from mimnet_fast.reference import MIMNetParameters
 
 _PARAMETERS = 15
-
-
-def _flat(p: MIMNetParameters) -> tuple[Tensor, ...]:
-    return (
-        p.routing_weight,
-        p.w1,
-        p.b1,
-        p.w2,
-        p.b2,
-        *p.fine,
-        *p.coarse,
-        p.fusion_weight,
-        p.fusion_bias,
-    )
-
-
-def _nested(flat: Sequence[Tensor]) -> MIMNetParameters:
-    routing, w1, b1, w2, b2, fkw, fkb, fvw, fvb, ckw, ckb, cvw, cvb, weight, bias = flat
-    fine, coarse = (fkw, fkb, fvw, fvb), (ckw, ckb, cvw, cvb)
-    return MIMNetParameters(routing, w1, b1, w2, b2, fine, coarse, weight, bias)
 
 
 def mimnet_forward(
@@ -112,9 +91,9 @@ def mimnet_forward(
         raise TypeError(f"parameters: got {type(parameters).__name__}, need MIMNetParameters")
     check_count("parameters.fine", parameters.fine)
     check_count("parameters.coarse", parameters.coarse)
-    floats = (source, item, prototype, table, logits, *_flat(parameters))
+    floats = (source, item, prototype, table, logits, *parameters.flat())
     source, item, prototype, table, logits, *flat = _checks.autocast(floats, source.device.type)
-    p = _nested(flat)
+    p = MIMNetParameters.of(flat)
     batch, d = source.shape
     rows = None if jagged else batch
     history = _check_history(history, table, rows, source)
@@ -277,7 +256,7 @@ def _backward(
                 source,
                 item,
                 prototype,
-                _nested(flat),
+                MIMNetParameters.of(flat),
                 first,
                 mask=real,
                 table=table,

@@ -11,6 +11,7 @@ from mimnet_fast.reference.catalogue_top_k import (
 from mimnet_fast.reference.dynamic_routing import dynamic_routing, dynamic_routing_reassociated
 from mimnet_fast.reference.interest_bridge import interest_bridge, interest_bridge_reassociated
 from mimnet_fast.reference.matrix_factorization_adam import matrix_factorization_adam_
+from mimnet_fast.reference.mimnet_adam import mimnet_adam_
 from mimnet_fast.reference.mimnet_forward import (
     MIMNetParameters,
     mimnet_forward,
@@ -32,6 +33,7 @@ __all__ = [
     "interest_bridge",
     "interest_bridge_reassociated",
     "matrix_factorization_adam_",
+    "mimnet_adam_",
     "mimnet_forward",
     "mimnet_forward_reassociated",
     "multi_granularity_attention",

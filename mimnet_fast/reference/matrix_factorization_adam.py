@@ -40,11 +40,11 @@ def matrix_factorization_adam_(
             (item_table, item_moments, item, slope * users),
         ):
             gradient = torch.zeros_like(table).index_add_(0, ids, gradients)
-            _adam(table, gradient, moments, step, learning_rate, betas, eps)
+            adam_(table, gradient, moments, step, learning_rate, betas, eps)
     return torch.stack(losses)
 
 
-def _adam(
+def adam_(
     values: Tensor,
     gradient: Tensor,
     moments: Moments,
@@ -53,7 +53,7 @@ def _adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Algorithm 1 of Kingma and Ba, ICLR 2015."""
+    """One step of Adam in place, algorithm 1 of Kingma and Ba (ICLR 2015)."""
     (first, second), (beta1, beta2) = moments, betas
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,6 +42,17 @@ class MIMNetParameters(NamedTuple):
     """``[2*D]``"""
     fusion_bias: Tensor
     """``[]`` or ``[1]``"""
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """All tensors, in this order."""
+        return (*self[:5], *self.fine, *self.coarse, self.fusion_weight, self.fusion_bias)
+
+    @staticmethod
+    def of(flat: Sequence[Tensor]) -> MIMNetParameters:
+        """The other way round."""
+        routing, w1, b1, w2, b2, fkw, fkb, fvw, fvb, ckw, ckb, cvw, cvb, weight, bias = flat
+        fine, coarse = (fkw, fkb, fvw, fvb), (ckw, ckb, cvw, cvb)
+        return MIMNetParameters(routing, w1, b1, w2, b2, fine, coarse, weight, bias)
 
 
 def _compose(

@@ -10,6 +10,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import errors, evaluate
+from mimnet_fast.cdr.losses import SquaredError
 from mimnet_fast.cdr.models import (
     MODELS,
     TRIVIAL,
@@ -21,7 +22,6 @@ from mimnet_fast.cdr.models import (
 from mimnet_fast.cdr.models.ptupcdr import PTUPCDR
 from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.training import (
-    SquaredError,
     adam,
     seeded_generator,
     seeded_module,

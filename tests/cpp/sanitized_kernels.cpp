@@ -430,16 +430,63 @@ void factorization_case(DType t, Shape s) {
   args.item_ids = item_ids;
   args.ratings = truth;
   args.batch_size = batch;
-  args.learning_rate = 0.01;
-  args.beta1 = 0.9;
-  args.beta2 = 0.999;
-  args.eps = 1e-8;
+  args.adam = {0.01, 0.9, 0.999, 1e-8, 0};
   args.losses = losses;
   args.execution.parallel = two_threads();
   kernels().matrix_factorization_adam(args);
   losses.check("losses of a matrix factorization");
   user_table.check("users of a matrix factorization");
   item_table.check("items of a matrix factorization");
+}
+
+// The last batch shorter, with and without weights of users and an average.
+void training_case(DType t, Shape s, bool more) {
+  const int64_t users = s.b + 2, items = s.l + 1, known = 9, ratings = 2 * s.b + 1;
+  const int64_t count = 5 * s.d * s.d + s.h * s.d + s.h + s.d * s.d * s.h + s.d * s.d + 6 * s.d + 1;
+  const auto zero = [] { return 0.0; };
+  Tensor parameters = Tensor(t, {count}).random(0.3);
+  Tensor first = Tensor(t, {count}).fill(zero), second = Tensor(t, {count}).fill(zero);
+  Tensor average = Tensor(t, {count}).random();
+  Tensor user_ids = Tensor(DType::int64, {ratings}).integers(users);
+  Tensor item_ids = Tensor(DType::int64, {ratings}).integers(items);
+  Tensor truth = Tensor(t, {ratings}).random();
+  Tensor weights = Tensor(t, {users}).random();
+  Tensor histories = Tensor(DType::int64, {users, s.l}).integers(known);
+  Tensor lengths = Tensor(DType::int64, {users}).integers(s.l + 1);
+  Tensor history_table = Tensor(t, {known, s.d}).random();
+  Tensor source_table = Tensor(t, {users, s.d}).random();
+  Tensor item_table = Tensor(t, {items, s.d}).random();
+  Tensor prototypes = Tensor(t, {items, s.d}).random();
+  Tensor logits = Tensor(t, {ratings, s.k, s.l}).random();
+  Tensor losses(t, {3});
+  TrainingArgs args{};
+  args.parameters = parameters;
+  args.first = first;
+  args.second = second;
+  if (more) args.average = average;
+  args.users = user_ids;
+  args.items = item_ids;
+  args.ratings = truth;
+  if (more) args.weights = weights;
+  args.histories = histories;
+  args.lengths = lengths;
+  args.history_table = history_table;
+  args.source_table = source_table;
+  args.item_table = item_table;
+  args.prototype_table = prototypes;
+  args.logits = logits;
+  args.hidden = s.h;
+  args.batch_size = s.b;
+  args.iterations = 2;
+  args.padding = Padding::zero_after;
+  args.adam = {0.01, 0.9, 0.999, 1e-8, 0};
+  args.weight_decay = 0.1;
+  args.averaging = 0.9;
+  args.losses = losses;
+  args.execution.parallel = two_threads();
+  kernels().mimnet_adam(args);
+  losses.check("losses of MIMNet");
+  parameters.check("parameters of MIMNet");
 }
 
 }  // namespace
@@ -468,6 +515,7 @@ int main() {
         fusion_case(t, s, flag ? 3 : 1);
         mimnet_case(t, s, flag);
         catalogue_case(t, s, 60, flag);
+        training_case(t, s, flag);
       }
     }
   }

@@ -58,20 +58,12 @@ class MIMNet(TransferModel):
         """See `TransferModel.forward`; the generator draws the routing logits."""
         assert inputs.item_prototypes is not None
         history, lengths, table = self.history(inputs, users)
-        bridge = self.bridge
         return ops.mimnet_forward(
             history,
             inputs.source_users[users],
             inputs.target_items[items],
             inputs.item_prototypes[items],
-            ops.MIMNetParameters(
-                self.routing.weight,
-                bridge.w1,
-                bridge.b1,
-                bridge.w2,
-                bridge.b2,
-                *self.attention.weights(),
-            ),
+            self.weights(),
             self.logits(users.shape[0], generator),
             lengths=lengths,
             table=table,
@@ -120,6 +112,12 @@ class MIMNet(TransferModel):
         )
         assert isinstance(answers, Tensor)
         return (answers * items).sum(-1)
+
+    def weights(self) -> ops.MIMNetParameters:
+        """All parameters."""
+        bridge = self.bridge
+        meta = bridge.w1, bridge.b1, bridge.w2, bridge.b2
+        return ops.MIMNetParameters(self.routing.weight, *meta, *self.attention.weights())
 
     def history(self, inputs: FrozenInputs, users: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Item ids ``[B, L]``, lengths ``[B]`` and the item table, for `ops.mimnet_forward`."""

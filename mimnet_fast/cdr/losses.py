@@ -1,0 +1,162 @@
+"""Losses of training, and which of them kernels train on for many steps in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from torch.optim import Optimizer
+
+from mimnet_fast import backends, ops
+from mimnet_fast.cdr.evaluation import Predict
+from mimnet_fast.cdr.models.matrix_factorization import MatrixFactorization
+from mimnet_fast.cdr.models.mimnet import MIMNet
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
+
+if TYPE_CHECKING:
+    from mimnet_fast.cdr.training import Schedule
+
+Loss = Callable[..., Tensor]
+"""Mean loss of a batch: called with the batch's part of each column of the training data."""
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """The mean squared error of ``predict``: called with users, items and their ratings."""
+
+    predict: Predict
+
+    def __call__(self, users: Tensor, items: Tensor, values: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return mse_loss(self.predict(users, items), values)
+
+
+@dataclass(frozen=True)
+class TransferLoss:
+    """What a stage-2 model makes of a batch of its examples."""
+
+    model: TransferModel
+    inputs: FrozenInputs
+    generator: torch.Generator
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return self.model.loss(self.inputs, batch, self.generator)
+
+
+class Steps(NamedTuple):
+    """How training proceeds: some batches in a call."""
+
+    at_once: int
+    take: Callable[[tuple[Tensor, ...], int], Tensor]
+    """Takes columns of up to that many batches and the number of steps before; gives losses."""
+
+
+def fused_steps(
+    loss: Loss, schedule: Schedule, optimizer: Optimizer, averages: Mapping[Tensor, Tensor]
+) -> Steps | None:
+    """Steps that a kernel makes, if there is one for this loss and schedule.
+
+    ``averages`` are the moving averages of the parameters, if they are to have one.
+    """
+    if backends.available("cpu")["native"]:
+        return None
+    if isinstance(loss, SquaredError) and type(loss.predict) is MatrixFactorization:
+        if schedule.weight_decay or averages:
+            return None
+        return _factorization_steps(loss.predict, schedule, optimizer)
+    if isinstance(loss, TransferLoss) and type(loss.model) is MIMNet:
+        if loss.model.backend not in (None, "auto", "native"):
+            return None
+        return _mimnet_steps(loss.model, loss, schedule, optimizer, averages)
+    return None
+
+
+def _factorization_steps(
+    model: MatrixFactorization, schedule: Schedule, optimizer: Optimizer
+) -> Steps:
+    tables = model.users.weight, model.items.weight
+
+    def take(columns: tuple[Tensor, ...], before: int) -> Tensor:
+        losses = ops.matrix_factorization_adam_(
+            *tables,
+            _moments(optimizer, tables[0]),
+            _moments(optimizer, tables[1]),
+            *columns,
+            batch_size=schedule.batch_size,
+            first_step=before,
+            learning_rate=schedule.learning_rate,
+        )
+        _count(optimizer, tables, len(losses))
+        return losses
+
+    # Few enough to interrupt a run soon, more than enough to spread the cost of a call.
+    return Steps(20 * 1024, take)
+
+
+def _mimnet_steps(
+    model: MIMNet,
+    loss: TransferLoss,
+    schedule: Schedule,
+    optimizer: Optimizer,
+    averages: Mapping[Tensor, Tensor],
+) -> Steps:
+    inputs, parameters = loss.inputs, model.weights()
+    flat = parameters.flat()
+
+    def take(columns: tuple[Tensor, ...], before: int) -> Tensor:
+        users, items, ratings = columns
+        assert inputs.item_prototypes is not None
+        pairs = [_moments(optimizer, parameter) for parameter in flat]
+        # Drawn batch by batch, as step by step.
+        sizes = [len(batch) for batch in users.split(schedule.batch_size)]
+        losses = ops.mimnet_adam_(
+            parameters,
+            (
+                ops.MIMNetParameters.of([first for first, _ in pairs]),
+                ops.MIMNetParameters.of([second for _, second in pairs]),
+            ),
+            users,
+            items,
+            ratings,
+            inputs.histories,
+            inputs.lengths,
+            inputs.source_items,
+            inputs.source_users,
+            inputs.target_items,
+            inputs.item_prototypes,
+            torch.cat([model.logits(size, loss.generator) for size in sizes]),
+            batch_size=schedule.batch_size,
+            weights=inputs.user_weights,
+            average=ops.MIMNetParameters.of([averages[p] for p in flat]) if averages else None,
+            averaging=schedule.averaging,
+            iterations=model.iterations,
+            padding=model.padding,
+            first_step=before,
+            learning_rate=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            backend=model.backend,
+        )
+        _count(optimizer, flat, len(losses))
+        return losses
+
+    # Their routing logits take 20 MB at the published sizes.
+    return Steps(256, take)
+
+
+def _moments(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    state = optimizer.state[parameter]
+    if not state:  # as torch has it after its first step
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def _count(optimizer: Optimizer, parameters: tuple[Tensor, ...], steps: int) -> None:
+    for parameter in parameters:
+        optimizer.state[parameter]["step"] += steps
