@@ -152,8 +152,8 @@ def _dynamic_routing_forward_kernel(
     pooled_out += (user * places * K + k) * D_IN
     present = k < K
     if capsule_mask is not None:
-        at = user * capsule_mask_stride_b + k.to(tl.int64) * capsule_mask_stride_k
-        present = tl.load(capsule_mask + at, mask=present, other=0) != 0
+        capsule_mask += user * capsule_mask_stride_b + k.to(tl.int64) * capsule_mask_stride_k
+        present = tl.load(capsule_mask, mask=present, other=0) != 0
 
     if WHOLE:
         x = load_inputs(
