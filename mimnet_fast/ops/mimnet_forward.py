@@ -10,7 +10,12 @@ from torch import Tensor
 from mimnet_fast import backends, reference
 from mimnet_fast._options import PADDINGS, code
 from mimnet_fast.ops import _autograd, _checks, _jagged
-from mimnet_fast.ops.dynamic_routing import JAGGED_LOGITS, LOGITS, saved_dtype
+from mimnet_fast.ops.dynamic_routing import (
+    JAGGED_LOGITS,
+    LOGITS,
+    SERVE_SOME_OPTIONS,
+    saved_dtype,
+)
 from mimnet_fast.ops.interest_bridge import check_bridge
 from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusion
 from mimnet_fast.reference import MIMNetParameters
@@ -130,8 +135,9 @@ def mimnet_forward(
     reasons = {name: list(unsupported) for name in backends.KERNELS}
     if jagged:
         padding_code = PADDINGS.index("ignore")
-        if source.device.type != "cpu":
-            reasons["native"].append("no CUDA kernel for jagged histories in this version")
+        device = "cpu" if source.device.type == "cpu" else "cuda"
+        if kind := SERVE_SOME_OPTIONS[device].get("native"):
+            reasons["native"].append(f"no {kind} kernel for jagged histories in this version")
     chosen = backends.select("mimnet_forward", backend, source, reasons)
     if chosen == "reference":
         history, logits, mask = _padded(history, logits, real, table)
