@@ -147,7 +147,7 @@ def fit(
             taken = steps.take(batch, before)
             first = before - done.start
             losses[first : first + len(taken)] = taken
-            if first % _STEPS_PER_REFRESH == 0:
+            if steps.at_once > 1 or first % _STEPS_PER_REFRESH == 0:
                 progress.update(task, completed=before)
         if not losses.isfinite().all():
             step = int(losses.isfinite().logical_not().nonzero()[0])
