@@ -149,7 +149,7 @@ def test_says_which_backends_there_are():
     arguments, options = problem(**SHAPES["small"])
     reasons = backends.explain("matrix_factorization_adam_", *arguments, **options)
     assert reasons["native"] == reasons["reference"] == []
-    assert "no Triton kernel" in " ".join(reasons["triton"]) or reasons["triton"]
+    assert reasons["triton"]
 
 
 def test_tracing_knows_the_shape():
