@@ -18,7 +18,7 @@ test-packaging: setup
 	$(BIN)/pytest -m packaging
 
 bench: setup
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/python -m bench.compare --render
 
 # Every kernel for every architecture that is served, with its registers and shared memory.
 cuda-all: setup

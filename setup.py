@@ -280,14 +280,11 @@ class Build(build):
 
 MODE = build_mode()
 
-packages = find_packages(include=[PACKAGE, f"{PACKAGE}.*"])
-package_dir = {}
-if (ROOT / "kernels").is_dir():  # never installed as top-level `kernels`, a known package's name
-    packages.append(f"{PACKAGE}.kernels")
-    package_dir[f"{PACKAGE}.kernels"] = "kernels"
+# Never installed at the top level, where other packages have these names.
+package_dir = {f"{PACKAGE}.{folder}": folder for folder in ("bench", "kernels")}
 
 setup(
-    packages=packages,
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), *package_dir],
     package_dir=package_dir,
     ext_modules=[
         CMakeExtension(library, optional=MODE == "auto") for library in LIBRARIES_OF_MODE[MODE]

@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest bench --benchmark-only`, or all in one table: `python -m bench.compare`."""
+"""Benchmarks: `mimnet-fast bench`, or in a checkout `pytest bench --benchmark-only`."""

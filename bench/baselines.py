@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.cases import Call, Case, make_call, traffic
 from mimnet_fast import ops, reference
 from mimnet_fast.backends import BackendUnavailable, explain
 from mimnet_fast.ops import MIMNetParameters
 from mimnet_fast.verify import verify
+
+from .cases import Call, Case, make_call, traffic
 
 OURS = "mimnet_fast"
 

@@ -14,9 +14,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from bench import memory
-from bench.baselines import OURS, WrongResultError
 from mimnet_fast import swap
+
+from . import memory
+from .baselines import OURS, WrongResultError
 
 
 class DenseCapsule(Module):

@@ -64,10 +64,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure and how, for every command of this package."""
-    parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES), metavar="OP")
+    parser.add_argument(
+        "--ops",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="OP",
+        help=f"of {', '.join(CASES)} (default: all)",
+    )
     names = [*_NAMES, *(case.name for case in BIG)]
     parser.add_argument(
-        "--cases", nargs="+", choices=names, metavar="CASE", help="default: those of the device"
+        "--cases",
+        nargs="+",
+        choices=names,
+        metavar="CASE",
+        help=f"of {', '.join(names)} (default: those of the device)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.memory import ALLOCATOR, peak_bytes
 from mimnet_fast import nn, ops, reference
+
+from .memory import ALLOCATOR, peak_bytes
 
 USERS, ITEMS, INTERESTS, TOP = 1000, 64443, 7, 20
 Inputs = dict[str, Any]

@@ -1,11 +1,9 @@
-"""Measure every op against every baseline in one interleaved run: `python -m bench.compare`.
+"""Measure every op against every baseline in one interleaved run.
 
-The whole list takes some minutes on two cores and writes `bench/results/<machine>.json`; with
-`--ops` or `--cases` nothing is written unless `--out` says where. `--render` also brings the tables
-in `docs/benchmarks.md` and `README.md` up to date (`python -m bench.report` does that alone).
-
-The exit code is 1 when something was wrong or failed and therefore was not timed, and 2 for a wrong
-command line.
+`mimnet-fast bench` does it anywhere and leaves the result in a folder. `python -m bench.compare`
+is for a checkout: the whole list writes `bench/results/<machine>.json`; with `--ops` or `--cases`
+nothing is written unless `--out` says where. `--render` also brings the tables and plots in
+`docs/benchmarks.md` and `README.md` up to date (`python -m bench.report` does that alone).
 """
 
 from __future__ import annotations
@@ -30,12 +28,22 @@ from typing import Any
 
 import torch
 
-from bench import baselines, cases, clock, memory, report
-from bench.cases import Case
-from bench.floor import machine_rates
 from mimnet_fast import info
 
+from . import baselines, cases, clock, memory, report
+from .cases import Case
+from .floor import machine_rates
+
 SCHEMA = 1
+
+_DESCRIPTION = """\
+Measure every op of mimnet_fast on this machine against PyTorch, eager and compiled: forward,
+forward and backward, and peak memory, in turns, each after its result was compared with the
+reference. All of it takes some minutes on two cores.
+
+The exit code is 1 when something was wrong or failed and therefore was not timed, and 2 for a wrong
+command line.
+"""
 
 _BLOCK = 0.02  # seconds that a contender runs before the next has its turn
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 51
@@ -83,6 +91,8 @@ def _summary(samples: list[float]) -> dict[str, float]:
 
 
 def _git(*arguments: str) -> str:
+    if not (report.ROOT / ".git").exists():  # an installed package may lie in another's repository
+        return ""
     process = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=report.ROOT)
     return process.stdout.strip() if process.returncode == 0 else ""
 
@@ -174,11 +184,13 @@ def _slug(machine: dict[str, Any], dtype: str) -> str:
     return name + threads + ("" if dtype == "float32" else f"-{dtype}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(
+    arguments: Sequence[str] | None,
+    prog: str = "python -m bench.compare",
+    folder: Path | None = None,
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cases.add_arguments(parser)
     parser.add_argument(
@@ -190,12 +202,36 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=float("inf"), help="start no contest after so many seconds"
     )
-    parser.add_argument("--out", type=Path, help="result file (JSON)")
-    parser.add_argument("--render", action="store_true", help="update the tables in the documents")
+    default = folder or "bench/results/<machine>.json, if all is measured"
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=folder,
+        help=f"result file (.json), or a folder for it, its tables and plots (default: {default})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result instead of tables")
+    parser.set_defaults(render=False)
+    if folder is None:
+        parser.add_argument("--render", action="store_true", help="update the documents")
     options = parser.parse_args(arguments)
     if not cases.selected(options):
         parser.error(f"--cases: no op of {options.ops} has a case of {options.cases}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU here: leave it out for the CPU")
     return options
+
+
+def _destination(options: argparse.Namespace, machine: dict[str, Any]) -> Path | None:
+    """The result file."""
+    if options.out is not None and options.out.suffix == ".json":
+        return options.out
+    everything = options.limit == float("inf") and len(cases.selected(options)) == sum(
+        len(cases.of_device(op, options.device)) for op in cases.CASES
+    )
+    name = _slug(machine, options.dtype)
+    if options.out is None:
+        return report.RESULTS / f"{name}.json" if everything else None
+    return options.out / f"{name}{'' if everything else '-part'}.json"
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +245,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     result: dict[str, Any] = {"schema": SCHEMA, "machine": describe_machine(options.device)}
     result["results"] = rows = []
-    rates = []
+    out = None if options.out is None else _destination(options, result["machine"])
+    rates: list[tuple[float, float]] = []
     chosen = cases.selected(options)
     for number, (op, case) in enumerate(chosen, 1):
         if rates and time.perf_counter() - start > options.limit:
@@ -225,8 +262,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 for direction in cases.DIRECTIONS
             ]
         _add_floors(result, rates)
-        if options.out is not None:  # the run may be stopped before its end
-            save(options.out, result)
+        if out is not None:  # the run may be stopped before its end
+            save(out, result)
     if options.device == "cpu":
         say("peak memory")
         peaks = memory.measure(options)
@@ -251,19 +288,24 @@ def save(path: Path, result: dict[str, Any]) -> None:
     report.write(path, json.dumps(result, indent=1) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write; the exit code says whether everything was right."""
-    options = _parse(arguments)
+def main(
+    arguments: Sequence[str] | None = None,
+    prog: str = "python -m bench.compare",
+    folder: Path | None = None,
+) -> int:
+    """Measure, print, write; the exit code says whether everything was right.
+
+    Without ``--out`` the result goes to ``folder``, or else to `bench/results`.
+    """
+    options = _parse(arguments, prog, folder)
     result = run(options)
-    everything = options.limit == float("inf") and len(cases.selected(options)) == sum(
-        len(cases.of_device(op, options.device)) for op in cases.CASES
-    )
-    out = options.out
-    if out is None and everything:
-        out = report.RESULTS / f"{_slug(result['machine'], options.dtype)}.json"
+    out = _destination(options, result["machine"])
     if out is not None:
         save(out, result)
-    print(report.section(result))
+        if out.parent == options.out:
+            report.render([out], out.with_suffix(".md"), out.parent)
+        print(f"result in {out}", file=sys.stderr)
+    print(json.dumps(result, indent=1) if options.json else report.section(result))
     if options.render:
         report.update()
     wrong = [

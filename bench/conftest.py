@@ -1,15 +1,19 @@
-"""Options and checks of the pytest-benchmark suite."""
+"""Options and checks of the pytest-benchmark suite.
+
+Runs are saved to and compared with `bench/results/pytest-benchmark`, which is committed.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import baselines, cases
+from . import baselines, cases, compare, report
 
 _CASES = {case.name: case for op_cases in cases.CASES.values() for case in op_cases}
 
@@ -23,6 +27,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable_gc = True
+    if config.option.benchmark_storage == "file://./.benchmarks":  # the plugin's default
+        config.option.benchmark_storage = f"file://{report.RESULTS / 'pytest-benchmark'}"
+
+
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    """What times depend on, and no more: the name of the machine is nobody's business."""
+    facts = compare.describe_machine() | {"threads": config.getoption("threads")}
+    machine_info.clear()
+    machine_info.update(
+        {name: facts[name] for name in ("cpu", "cores", "threads", "isa", "versions")}
+    )
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    kept = {name: commit_info.get(name) for name in ("id", "time", "dirty")}
+    commit_info.clear()
+    commit_info.update(kept, project=baselines.OURS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

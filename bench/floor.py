@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import clock
+from . import clock
 
 _CALLS = {"cpu": 1, "cuda": 10}
 _SIZE = {"cpu": 2048, "cuda": 8192}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import shutil
@@ -15,13 +14,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench import baselines, cases, compare, report
-from bench.cases import Case
 from mimnet_fast import ops
+
+from . import baselines, cases, compare, report
+from .cases import Case
 
 _TOOLS = ("nvidia-smi", "nvcc", "cmake", "ninja", "compute-sanitizer", "timeout", "git")
 _MODULES = ("triton", "pytest", "xdist", "hypothesis", "matplotlib", "pybind11", "setuptools")
@@ -69,49 +68,9 @@ def compile_baselines(options: argparse.Namespace) -> None:
             print(jobs[job], job.exception() or "compiled", flush=True)
 
 
-def _plot(result: dict[str, Any], path: Path) -> None:
-    """Ours against the best baseline and against the floor, forward+backward."""
-    from matplotlib.figure import Figure
-
-    rows = [r for r in result["results"] if r["direction"] != "forward" and "contenders" in r]
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in rows:
-        times = {n: c["median_ms"] for n, c in row["contenders"].items() if "median_ms" in c}
-        best = min((ms for n, ms in times.items() if not report.is_ours(n)), default=None)
-        for name, ms in times.items():
-            if report.is_ours(name) and best is not None:
-                place = found.setdefault(name, {})
-                place[f"{row['op']} {row['case']}"] = best / ms, 100 * row["floor_ms"] / ms
-    labels = [f"{row['op']} {row['case']}" for row in rows]
-    figure = Figure(figsize=(12, 1.5 + 0.35 * len(labels)), layout="constrained")
-    against_best, of_floor = figure.subplots(1, 2, sharey=True)
-    height = 0.8 / max(1, len(found))
-    for number, (name, values) in enumerate(found.items()):
-        at = [labels.index(label) + height * (number + 0.5) - 0.4 for label in values]
-        for axes, column in ((against_best, 0), (of_floor, 1)):
-            axes.barh(at, [value[column] for value in values.values()], height, label=name)
-    against_best.set_yticks(range(len(labels)), labels)
-    against_best.invert_yaxis()
-    against_best.set_xscale("log")
-    against_best.axvline(1, color="black", linewidth=1)
-    against_best.set_xlabel("times as fast as the best baseline")
-    of_floor.set_xlabel("% of the floor")
-    of_floor.legend()
-    dtype = rows[0]["dtype"] if rows else ""
-    figure.suptitle(f"{report.title(result)}, {dtype}, forward and backward")
-    figure.savefig(path, dpi=120)
-
-
 def render(folder: Path) -> None:
     """`table.md` and a plot per result file of ``folder``."""
-    files = sorted(folder.glob("results-*.json"))
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    report.write(folder / "table.md", report.page(results))
-    for file, result in zip(files, results, strict=True):
-        try:
-            _plot(result, file.with_suffix(".png"))
-        except ImportError as error:
-            print(f"{file.stem} is not plotted: {error}")
+    report.render(sorted(folder.glob("results-*.json")), folder / "table.md", folder)
 
 
 def check() -> None:

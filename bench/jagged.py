@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import ITERATIONS, MIND, PAPER512, Case
-from bench.compare import interleave
 from mimnet_fast import ops
+
+from .cases import ITERATIONS, MIND, PAPER512, Case
+from .compare import interleave
 
 CASES = (PAPER512, MIND)
 LONGEST, MEAN = 50, 12

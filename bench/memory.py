@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import baselines, cases
+from . import baselines, cases
 
 # Without these, freed pages stay with the process and hide what the next step allocates.
 ALLOCATOR = {
@@ -92,17 +92,12 @@ def peak_bytes_of_gpu(step: Callable[[], Any]) -> int:
 
 def measure(options: argparse.Namespace) -> dict[tuple[str, str, str], int]:
     """Bytes by op, case and contender, from a new process; what cannot be measured is left out."""
-    command = [sys.executable, "-m", "bench.memory", "--ops", *options.ops]
+    command = [sys.executable, "-m", f"{__package__}.memory", "--ops", *options.ops]
     command += ["--modes", *options.modes, "--backends", *options.backends]
     command += ["--dtype", options.dtype, "--threads", str(options.threads)]
     command += ["--cases", *options.cases] if options.cases else []
-    root = Path(__file__).resolve().parents[1]
     process = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, **ALLOCATOR},
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ALLOCATOR}
     )
     rows = [json.loads(line) for line in process.stdout.splitlines()]
     return {(row["op"], row["case"], row["contender"]): row["bytes"] for row in rows}

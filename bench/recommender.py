@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from bench.report import ROOT
 from mimnet_fast.cdr import results
 from mimnet_fast.cdr.atomic import atomic_file
 from mimnet_fast.cdr.config import Base, Config
 from mimnet_fast.cdr.dataset import Dataset, prepare
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
 from mimnet_fast.cdr.models import MODELS
+
+from .report import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "recommender"
 PAGE = ROOT / "docs" / "results.md"

@@ -1,27 +1,31 @@
-"""Tables from the files in `bench/results`: `python -m bench.report` updates the documents.
+"""Tables and plots of result files: `python -m bench.report` updates the documents.
 
-It writes `docs/benchmarks.md` and, between the two markers in `README.md` where it has them, the
-rows of the whole model.
+From the files in `bench/results` it writes `docs/benchmarks.md`, its plots and, between the two
+markers in `README.md` where it has them, the rows of the whole model.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.baselines import OURS
+from .baselines import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+PICTURES = PAGE.with_name("images")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-_BASELINES = ("textbook", "reassociated", "compile(textbook)", "compile(reassociated)")
+BASELINES = ("textbook", "reassociated", "compile(textbook)", "compile(reassociated)")
 _NONE = "–"
+_FIELDS = {"contenders", "flops", "bytes", "floor_ms"}
 
 _ON_A_GPU = """\
 Times are those of many calls in a row, on inputs that change from call to call. **replay** is the
@@ -31,8 +35,13 @@ one call starts on the GPU: ours / textbook / the fewest of all baselines."""
 _INTRODUCTION = """\
 # Benchmarks
 
-Written by `python -m bench.report` from the files in `bench/results`; measure your own machine with
-`python -m bench.compare --render`.
+`mimnet-fast bench` measures your own machine and writes a page like this one. The one in the
+repository is written by `python -m bench.report` from the files in `bench/results`.
+
+In a checkout, `pytest bench --benchmark-only --benchmark-compare` times the same, one after the
+other, and compares with the last run saved in `bench/results/pytest-benchmark`: there,
+`--benchmark-save NAME` adds another. With a Python that has no folder there, name a run:
+`--benchmark-compare='*/0001'`.
 
 How to read the tables:
 
@@ -53,6 +62,10 @@ How to read the tables:
 - **peak MB** is what forward+backward needs beyond its inputs at its peak: ours / textbook / the
   least of all baselines.
 
+The plots show the same, and the roofline: floating-point operations a second over those for each
+byte of inputs and results. The line is what the machine can do at the measured rates; a hollow mark
+is the best baseline, in operations of the reassociated algorithm.
+
 The sizes B (users), L (history), K (interests), D (width) and H (hidden units of the bridge);
 `comirec_dr` and `capsnet` have a routing weight per position, for which there is no reassociated
 form (under that name stands one product, batched over the positions, and then the votes):
@@ -66,7 +79,24 @@ def errors(row: dict[str, Any]) -> dict[str, str]:
     return {name: c["error"] for name, c in row["contenders"].items() if "error" in c}
 
 
-def _median(row: dict[str, Any], baseline: str) -> float | None:
+def load(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        SystemExit: it is of an earlier version that recorded less.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lacking = {
+        field for row in result["results"] if "error" not in row for field in _FIELDS - row.keys()
+    }
+    if lacking:
+        raise SystemExit(
+            f"{path} is of an earlier version, without {', '.join(sorted(lacking))}: measure again"
+        )
+    return result
+
+
+def median(row: dict[str, Any], baseline: str) -> float | None:
     """Of a baseline, in the best of its compile modes."""
     prefix = baseline.removesuffix(")") + ","
     found = [
@@ -75,6 +105,12 @@ def _median(row: dict[str, Any], baseline: str) -> float | None:
         if (name == baseline or name.startswith(prefix)) and "median_ms" in c
     ]
     return min(found, default=None)
+
+
+def best_of_baselines(row: dict[str, Any]) -> float | None:
+    """The median of the fastest, in milliseconds."""
+    medians = (median(row, baseline) for baseline in BASELINES)
+    return min((ms for ms in medians if ms is not None), default=None)
 
 
 def _ratio(baseline_ms: float | None, ours_ms: float) -> str:
@@ -136,18 +172,17 @@ def _cells(row: dict[str, Any], name: str = OURS, on_gpu: bool = False) -> list[
         columns = len(_GPU_HEADER if on_gpu else _HEADER) - len(head) - 1
         return [*head, "**wrong, not timed**", *[_NONE] * columns]
     ours = row["contenders"][name]
-    baselines = {name: _median(row, name) for name in _BASELINES}
+    baselines = {name: median(row, name) for name in BASELINES}
     ratios = [
         "failed" if name in failed and ms is None else _ratio(ms, ours["median_ms"])
         for name, ms in baselines.items()
     ]
-    best = min((ms for ms in baselines.values() if ms is not None), default=None)
     return [
         *head,
         _time(ours),
         *([_replay(ours), _launches(row, name)] if on_gpu else []),
         *ratios,
-        _ratio(best, ours["median_ms"]),
+        _ratio(best_of_baselines(row), ours["median_ms"]),
         f"{100 * row['floor_ms'] / ours['median_ms']:.0f} %",
         _memory(row, name),
     ]
@@ -169,7 +204,7 @@ _HEADER = (
     "case",
     "direction",
     "ms",
-    *(f"vs {name}" for name in _BASELINES),
+    *(f"vs {name}" for name in BASELINES),
     "vs best",
     "of floor",
     "peak MB",
@@ -197,10 +232,12 @@ def machine_line(result: dict[str, Any]) -> str:
     )
 
 
-def section(result: dict[str, Any]) -> str:
-    """One machine: its line, and one table per op."""
+def section(result: dict[str, Any], picture: str = "") -> str:
+    """One machine: its line, its plots, and one table per op."""
     on_gpu = "gpu" in result["machine"]
     parts = [f"## {title(result)}", machine_line(result)]
+    alt = "times against the best baseline and the floor, and the roofline"
+    parts += [f"![{title(result)}: {alt}]({picture})"] if picture else []
     parts += [_ON_A_GPU] if on_gpu else []
     for op in dict.fromkeys(row["op"] for row in result["results"]):
         rows = [row for row in result["results"] if row["op"] == op]
@@ -214,7 +251,7 @@ def section(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sizes(results: list[dict[str, Any]]) -> str:
+def _sizes(results: Sequence[dict[str, Any]]) -> str:
     shapes = {row["case"]: row["shape"] for result in results for row in result["results"]}
     header = ("case", "B", "L", "K", "D", "H")
     rows = []
@@ -225,14 +262,14 @@ def _sizes(results: list[dict[str, Any]]) -> str:
     return _table(header, rows)
 
 
-def page(results: list[dict[str, Any]]) -> str:
+def page(results: Sequence[dict[str, Any]], pictures: Iterable[str]) -> str:
     """The text of `docs/benchmarks.md`."""
-    return "\n".join([_INTRODUCTION, _sizes(results), "", *map(section, results)])
+    return "\n".join([_INTRODUCTION, _sizes(results), "", *map(section, results, pictures)])
 
 
-def readme_block(results: list[dict[str, Any]]) -> str:
+def readme_block(results: Sequence[dict[str, Any]], picture: str) -> str:
     """The whole model on every machine, for the README."""
-    parts = []
+    parts = [f"![The whole model against every baseline]({picture})"]
     for result in results:
         on_gpu = "gpu" in result["machine"]
         header = _GPU_HEADER if on_gpu else _HEADER
@@ -264,20 +301,40 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def render(files: Sequence[Path], to: Path, pictures: Path) -> list[dict[str, Any]]:
+    """Write a page of result files, and a picture of each in a folder where there is matplotlib."""
+    results = [load(file) for file in files]
+    links = [""] * len(files)
+    if find_spec("matplotlib") is None:
+        print("no plots: pip install 'mimnet-fast[plots]'", file=sys.stderr)
+    else:
+        from . import plots
+
+        for number, (file, result) in enumerate(zip(files, results, strict=True)):
+            picture = pictures / f"{file.stem}.svg"
+            plots.draw(result, picture)
+            links[number] = os.path.relpath(picture, to.parent)
+    write(to, page(results, links))
+    return results
+
+
 def update() -> None:
     """Write the documents from all results there are.
 
     Raises:
         SystemExit: there are none.
     """
+    from . import plots
+
     files = sorted(RESULTS.glob("*.json"))
     if not files:
         raise SystemExit(f"{RESULTS} holds no results: run `python -m bench.compare` first")
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    write(PAGE, page(results))
+    results = render(files, PAGE, PICTURES)
+    picture = PICTURES / "whole-model.svg"
+    plots.whole_model(results, picture)
     if README.exists():
-        text = README.read_text(encoding="utf-8")
-        write(README, with_block(text, readme_block(results)))
+        block = readme_block(results, os.path.relpath(picture, README.parent))
+        write(README, with_block(README.read_text(encoding="utf-8"), block))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 import functools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from bench import baselines, cases, compare, memory, report
+from bench import baselines, cases, compare, conftest, memory, plots, report
 from mimnet_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +154,58 @@ def test_part_of_the_list_does_not_replace_the_results(tiny, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_command_leaves_everything_in_a_folder(tiny, tmp_path, monkeypatch):
+    """For those who have the package only."""
+    cli = pytest.importorskip("mimnet_fast.cdr.cli")
+    monkeypatch.setitem(sys.modules, "mimnet_fast.bench.compare", compare)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--threads", "1", "--seconds", "0.001", "--cases", "tiny", "--ops", "squash"]
+    done = CliRunner().invoke(cli.app, ["bench", *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    result, table, picture = sorted(Path("bench-results").iterdir())
+    assert json.loads(done.stdout) == json.loads(result.read_text())
+    assert result.stem.endswith("-1-threads-part")
+    assert f"]({picture.name})" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", f"{report.RESULTS}/new-2-threads.json"),
+        ("--dtype bfloat16", f"{report.RESULTS}/new-2-threads-bfloat16.json"),
+        ("--ops squash", "None"),
+        ("--limit 9", "None"),
+        ("--out a.json --ops squash", "a.json"),
+        ("--out a", "a/new-2-threads.json"),
+        ("--out a --ops squash", "a/new-2-threads-part.json"),
+    ],
+)
+def test_where_the_result_goes(arguments, expected):
+    """Part of the list does not replace all of it."""
+    options = compare._parse(arguments.split())
+    assert str(compare._destination(options, {"cpu": "New", "threads": 2})) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ops", "nothing"], "mimnet-fast bench: error: argument --ops: invalid choice"),
+        (["--device", "cuda"], "--device: got cuda, but torch finds no GPU here"),
+        (["--render"], "unrecognized arguments: --render"),
+    ],
+)
+def test_command_refuses(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(arguments, "mimnet-fast bench", Path("folder"))
+    assert message in capsys.readouterr().err
+
+
+def test_commit_is_that_of_a_checkout_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "ROOT", ROOT / "bench")  # inside a repository, as site-packages
+    assert compare.describe_machine()["commit"] == "unknown"
+
+
 def test_wrong_op_is_not_timed(tiny, monkeypatch, capsys):
     right = ops.squash
 
@@ -220,6 +276,51 @@ def test_pytest_benchmark_collects_every_contest():
     assert "bench/bench_squash.py::test_squash[paper-forward-mimnet_fast]" in ids
 
 
+def test_pytest_benchmark_compares_with_what_was_saved(tmp_path):
+    name = "bench/bench_squash.py::test_squash[paper-forward-mimnet_fast]"
+    fields = "min max mean stddev median iqr q1 q3 ld15iqr hd15iqr ops total rounds iterations"
+    stats = {**dict.fromkeys(fields.split(), 1), "outliers": "0;0"}
+    saved = {"group": "squash paper forward", "name": "mimnet_fast", "fullname": name}
+    earlier = {"machine_info": {}, "benchmarks": [{**saved, "stats": stats}]}
+    (tmp_path / "0001_earlier.json").write_text(json.dumps(earlier))
+    quick = ("--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "--benchmark-warmup=off")
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            ROOT / name,
+            "--benchmark-only",
+            "--benchmark-compare",
+            "--benchmark-storage=.",
+            "--benchmark-save=later",
+            "--threads=1",
+            *quick,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+    )
+    assert "mimnet_fast (0001_earlier)" in process.stdout, process.stdout + process.stderr
+    (later,) = tmp_path.glob("*/*_later.json")
+    found = json.loads(later.read_text())
+    assert set(found["machine_info"]) == {"cpu", "cores", "threads", "isa", "versions"}
+    assert found["machine_info"]["threads"] == 1
+    assert set(found["commit_info"]) == {"id", "time", "dirty", "project"}
+    assert [each["fullname"] for each in found["benchmarks"]] == [name]
+
+
+@pytest.mark.parametrize("storage", ["file://./.benchmarks", "file://elsewhere"])
+def test_runs_are_saved_beside_the_results(storage):
+    options = SimpleNamespace(benchmark_storage=storage)
+    conftest.pytest_configure(SimpleNamespace(option=options))
+    expected = (
+        storage if "elsewhere" in storage else f"file://{ROOT}/bench/results/pytest-benchmark"
+    )
+    assert options.benchmark_storage == expected
+
+
 # Rendering
 
 
@@ -261,6 +362,8 @@ def made_up(**milliseconds):
         "shape": {"batch": 128, "length": 20, "capsules": 7, "width": 10, "hidden": 50},
         "dtype": "float32",
         "backend": "native",
+        "flops": 10_000_000,
+        "bytes": 2_000_000,
         "floor_ms": 0.5,
         "contenders": contenders,
     }
@@ -305,6 +408,7 @@ def test_failed_baseline_is_named_with_its_reason():
 def test_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "benchmarks.md")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "docs" / "images")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     with pytest.raises(SystemExit, match="holds no results"):
         report.update()
@@ -316,10 +420,52 @@ def test_documents(tmp_path, monkeypatch):
         page, readme = report.PAGE.read_text(), report.README.read_text()
         assert "| paper | 128 | 20 | 7 | 10 | 50 |" in page
         assert "Processor 9, 2 cores, 2 threads, avx2 kernels" in page
-        assert readme.startswith(f"before\n{report.BEGIN}\n| case |")
+        assert readme.startswith(f"before\n{report.BEGIN}\n![")
+        for document in (report.PAGE, report.README):
+            (picture,) = re.findall(r"!\[.*\]\((.*)\)", document.read_text())
+            assert (document.parent / picture).read_text().startswith("<?xml")
         assert readme.endswith(f"UTC.\n{report.END}\nafter\n")
         assert "old" not in readme
         assert readme.count("| paper |") == 1
+
+
+def test_file_of_an_earlier_version_is_named(tmp_path):
+    result = made_up(ours=1.0, textbook=4.0)
+    del result["results"][0]["flops"]
+    report.write(tmp_path / "a.json", json.dumps(result))
+    with pytest.raises(SystemExit, match=r"a\.json .* without flops: measure again"):
+        report.load(tmp_path / "a.json")
+
+
+def test_plotted_numbers():
+    result = made_up(ours=2.0, textbook=8.0, compiled=4.0, reassociated="no memory")
+    alone = {**result["results"][0], "direction": "forward", "contenders": {}}
+    alone["contenders"]["mimnet_fast"] = result["results"][0]["contenders"]["mimnet_fast"]
+    broken = {"op": "squash", "case": "paper", "direction": "forward", "error": "wrong"}
+    first, second = plots.points({**result, "results": [*result["results"], broken, alone]})
+    assert first[:4] == ("mimnet_forward", "paper", "forward+backward", "mimnet_fast")
+    # twice as fast, a quarter of the floor, 5 FLOP/byte, 10 MFLOP in 2 and in 4 ms
+    assert first[4:] == pytest.approx((2, 25, 5, 5, 2.5))
+    assert math.isnan(second.against_best)
+    assert second.of_floor == 25
+
+
+def test_plots_are_the_same_every_time(tmp_path):
+    result = made_up(ours=2.0, textbook=8.0, compiled="no compiler")
+    paths = [tmp_path / name for name in ("a.svg", "b.svg", "c.svg", "d.svg")]
+    for path, draw in zip(paths, 2 * (plots.draw, plots.whole_model), strict=True):
+        draw(result if draw is plots.draw else [result], path)
+    one, whole, *again = (path.read_text() for path in paths)
+    assert [one, whole] == again
+    assert "<dc:date>" not in one
+    for text in ("mimnet_forward paper", "100 GFLOP/s, 10 GB/s", "FLOP/byte", "% of the floor"):
+        assert f">{text}<" in one or text in one
+    assert ">Processor 9: paper forward+backward<" in whole
+
+
+def test_nothing_timed_can_be_drawn(tmp_path):
+    plots.draw(made_up(ours="wrong"), tmp_path / "a.svg")
+    plots.whole_model([made_up(ours="wrong")], tmp_path / "b.svg")
 
 
 def test_readme_without_markers_stays_as_it_is():

@@ -105,9 +105,10 @@ class Environment:
             "import importlib.util, os, torch; from mimnet_fast import ops; x = torch.rand(3, 5);"
             "y = {b: ops.squash(x, backend=b) for b in ('reference', BACKEND)};"
             "torch.testing.assert_close(y[BACKEND], y['reference']);"
-            # Nothing installs a top-level package of this name; a source tree in the way has one.
-            "found = importlib.util.find_spec('kernels');"
-            "assert found is None or found.origin == os.path.abspath('kernels/__init__.py')"
+            # Nothing installs top-level packages of these names; a source tree in the way has some.
+            "found = {n: importlib.util.find_spec(n) for n in ('bench', 'kernels')};"
+            "assert all(not f or f.origin == os.path.abspath(n + '/__init__.py')"
+            " for n, f in found.items())"
         )
         loaded = report["libraries"]["_C"] == "loaded"
         run(
@@ -176,7 +177,18 @@ class TestInstall:
         environment.pip("install", wheel)
         location = self.check_native(environment, tmp_path)
         assert location == environment.site_packages / "mimnet_fast"
-        assert "mimnet-fast" in run(environment.folder / "bin" / "mimnet-fast", "--help")
+        command = environment.folder / "bin" / "mimnet-fast"
+        assert "mimnet-fast" in run(command, "--help")
+        # Inside a repository, which is not the one that the package comes from.
+        run("git", "init", tmp_path)
+        author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        run("git", *author, "commit", "--allow-empty", "--message", "theirs", cwd=tmp_path)
+        few = ("--ops", "squash", "--cases", "paper", "--modes", "--seconds", "0.01")
+        assert "(unknown)" in run(command, "bench", *few, cwd=tmp_path)
+        (result,) = tmp_path.glob("bench-results/*.json")
+        assert result.with_suffix(".md").exists() and result.with_suffix(".svg").exists()
+        timed = json.loads(result.read_text())["results"][1]["contenders"]["mimnet_fast"]
+        assert timed["peak_bytes"] > 0
 
     @pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "non-isolated"])
     @pytest.mark.parametrize("editable", [True, False], ids=["editable", "copied"])

@@ -6,6 +6,7 @@ and messages to standard error.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Collection
@@ -569,6 +570,22 @@ def demo(
         return
     for table in demonstration.tables(found):
         Console().print(table)
+
+
+@app.command(
+    # Its parser serves machines without typer too, and is the one that knows the options.
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Measure every op on this machine against PyTorch: a table, plots and JSON."""
+    # By name: where `bench/` lies beside the package, type checkers do not find it inside.
+    command = importlib.import_module("mimnet_fast.bench.compare")
+    out = Path("bench-results")
+    raise typer.Exit(command.main(context.args, "mimnet-fast bench", out))
 
 
 @app.command()
