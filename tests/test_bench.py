@@ -148,12 +148,6 @@ def test_result_file(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"## {result['machine']['cpu']}")
 
 
-def test_part_of_the_list_does_not_replace_the_results(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert run("--ops", "squash") == 0
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_leaves_everything_in_a_folder(tiny, tmp_path, monkeypatch):
     """For those who have the package only."""
     cli = pytest.importorskip("mimnet_fast.cdr.cli")

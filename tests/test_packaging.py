@@ -198,6 +198,8 @@ class TestInstall:
         environment.pip("install", *options, MIMNET_FAST_BUILD="cpu")
         location = self.check_native(environment, tmp_path)
         assert location == (tree if editable else environment.site_packages) / "mimnet_fast"
+        if editable:  # which finds the folders beside the package by a map
+            run(environment.python, "-c", "import mimnet_fast.bench.report", cwd=tmp_path)
 
     def test_sdist_without_native_code(self, environment, sdist, tmp_path):
         environment.pip("install", "--no-build-isolation", sdist, MIMNET_FAST_BUILD="none")
