@@ -66,6 +66,19 @@ def test_errors_of_residuals_are_those_of_ratings(dataset: Dataset) -> None:
     assert errors(torch.zeros_like(left), left) == pytest.approx(expected, abs=1e-6)
 
 
+def test_median_of_the_rest_is_the_best_constant_by_mae(dataset: Dataset) -> None:
+    data = split(dataset, 0.25, 7)
+    fitted = fit_split(dataset, data)
+    test, meta = data.final.evaluation, data.final.train_meta
+    added = TRIVIAL["item_user_bias_median"][1](data, fitted) - fitted.final.expected(test)
+    constant = added.mean().item()
+    torch.testing.assert_close(added, torch.full_like(added, constant))
+    terms = fitted.final.slope * fitted.final.source.users[meta.users]
+    expected = fitted.final.target.without_itself(meta) + terms
+    mae = [errors(expected + constant + step, meta.values).mae for step in (-0.02, 0.0, 0.02)]
+    assert mae[1] < min(mae[0], mae[2])
+
+
 def test_mimnet_on_biases_beats_the_published_base(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean, median
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from mimnet_fast import backends
 from mimnet_fast.cdr.biases import fit_split
 from mimnet_fast.cdr.config import Config
-from mimnet_fast.cdr.dataset import Dataset
+from mimnet_fast.cdr.dataset import Dataset, Ratings
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.evaluation import errors, evaluate
 from mimnet_fast.cdr.losses import SquaredError
@@ -123,17 +125,19 @@ def test_trivial_predictors_are_what_they_say(dataset: Dataset) -> None:
     seen = train.values.tolist()
     mean = sum(seen) / len(seen)
 
-    def mean_of(groups: torch.Tensor, values: torch.Tensor, wanted: int, fallback: float) -> float:
-        chosen = [v for g, v in zip(groups.tolist(), values.tolist(), strict=True) if g == wanted]
-        return sum(chosen) / len(chosen) if chosen else fallback
+    def of_group(
+        middle: Callable[[list[float]], float], ratings: Ratings, by: str, wanted: int
+    ) -> float:
+        values = ratings.values[getattr(ratings, by) == wanted].tolist()
+        return middle(values or ratings.values.tolist())
 
     expected = {
         "constant": [3.0] * len(test),
         "global_mean": [mean] * len(test),
-        "item_mean": [mean_of(train.items, train.values, i, mean) for i in test.items.tolist()],
+        "item_mean": [of_group(fmean, train, "items", item) for item in test.items.tolist()],
+        "item_median": [of_group(median, train, "items", item) for item in test.items.tolist()],
         "user_mean": [
-            mean_of(data.train_source.users, data.train_source.values, u, math.nan)
-            for u in test.users.tolist()
+            of_group(fmean, data.train_source, "users", user) for user in test.users.tolist()
         ],
     }
     by_item: dict[int, list[float]] = {}
@@ -141,7 +145,7 @@ def test_trivial_predictors_are_what_they_say(dataset: Dataset) -> None:
         by_item.setdefault(item, []).append(value - mean)
     bias = {item: sum(left) / (len(left) + 2) for item, left in by_item.items()}
     expected["item_bias"] = [mean + bias.get(item, 0.0) for item in test.items.tolist()]
-    assert set(expected) | {"item_user_bias"} == set(TRIVIAL)
+    assert set(expected) | {"item_user_bias", "item_user_bias_median"} == set(TRIVIAL)
     biases = fit_split(dataset, data)
     for name, values in expected.items():
         torch.testing.assert_close(TRIVIAL[name][1](data, biases), torch.tensor(values), msg=name)

@@ -211,6 +211,7 @@ TRIVIAL: dict[str, tuple[str, Callable[[Split, SplitBiases], Tensor]]] = {
     "constant": ("middle of scale", lambda split, _: trivial.constant(split)),
     "global_mean": ("global mean", lambda split, _: trivial.global_mean(split)),
     "item_mean": ("item mean", lambda split, _: trivial.item_mean(split)),
+    "item_median": ("item median", lambda split, _: trivial.item_median(split)),
     "user_mean": ("source user mean", lambda split, _: trivial.user_mean(split)),
     "item_bias": (
         "mean + item bias",
@@ -219,6 +220,10 @@ TRIVIAL: dict[str, tuple[str, Callable[[Split, SplitBiases], Tensor]]] = {
     "item_user_bias": (
         "mean + item bias + source user bias",
         lambda split, biases: biases.final.expected(split.final.evaluation),
+    ),
+    "item_user_bias_median": (
+        "mean + item bias + source user bias + median of the rest",
+        trivial.biases_and_median,
     ),
 }
 """Predictors without training: a title, and what they expect of the test ratings."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mimnet_fast.cdr.biases import SplitBiases, residuals
 from mimnet_fast.cdr.protocol import Split
 
 
@@ -22,9 +23,16 @@ def global_mean(split: Split) -> Tensor:
 def item_mean(split: Split) -> Tensor:
     """The mean of the item's training ratings; the global mean for an item without any."""
     train, evaluation = split.final.train_target, split.final.evaluation
-    size = int(torch.cat([train.items, evaluation.items]).max()) + 1
-    means = _group_means(train.items, train.values, size)
+    means = _group_means(train.items, train.values, _num_items(split))
     return means.where(means.isfinite(), train.values.mean())[evaluation.items]
+
+
+def item_median(split: Split) -> Tensor:
+    """The median of the item's training ratings; of all of them for an item without any."""
+    train, evaluation = split.final.train_target, split.final.evaluation
+    medians = _group_medians(train.items, train.values, _num_items(split))
+    everything = _group_medians(torch.zeros_like(train.items), train.values, 1)
+    return medians.where(medians.isfinite(), everything)[evaluation.items]
 
 
 def user_mean(split: Split) -> Tensor:
@@ -34,7 +42,36 @@ def user_mean(split: Split) -> Tensor:
     return means[split.final.evaluation.users]
 
 
+def biases_and_median(split: Split, biases: SplitBiases) -> Tensor:
+    """What biases expect, plus the median of what they leave of the ratings transfer learns from.
+
+    Biases minimise squared errors. Ratings pile up at the top of the scale, where their median is
+    above their mean, and the best constant for absolute errors is the median.
+    """
+    left = residuals(split, biases).final.train_meta.values
+    return biases.final.expected(split.final.evaluation) + left.median()
+
+
+def _num_items(split: Split) -> int:
+    final = split.final
+    return int(torch.cat([final.train_target.items, final.evaluation.items]).max()) + 1
+
+
 def _group_means(groups: Tensor, values: Tensor, size: int) -> Tensor:
     """Mean of the values of each group ``[size]``, NaN for a group without any."""
     sums = torch.bincount(groups, values.double(), minlength=size)
     return (sums / torch.bincount(groups, minlength=size)).float()
+
+
+def _group_medians(groups: Tensor, values: Tensor, size: int) -> Tensor:
+    """Median of the values of each group ``[size]``, midway if two stand there; NaN without any.
+
+    >>> _group_medians(torch.tensor([0, 2, 0, 2, 2]), torch.tensor([4.0, 1.0, 5.0, 1.0, 3.0]), 3)
+    tensor([4.5000,    nan, 1.0000])
+    """
+    order = values.argsort()
+    order = order[groups[order].argsort(stable=True)]
+    counts = torch.bincount(groups, minlength=size)
+    middle = counts.cumsum(0) - counts + (torch.stack([counts - 1, counts]) // 2)
+    medians = values[order][middle.clamp(0, len(values) - 1)].mean(0)
+    return medians.where(counts > 0, torch.nan)
