@@ -16,6 +16,7 @@ from mimnet_fast.ops import MIMNetParameters
 
 DIRECTIONS = ("forward", "forward+backward")
 ITERATIONS = 3
+PROTOTYPES, TOP = 100, 20  # of a catalogue
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,15 @@ MIND = Case("mind", 256, 50, 4, 64, 0)
 COMIREC_DR = Case("comirec_dr", 128, 20, 4, 64, 0, per_position=True)
 CAPSNET = Case("capsnet", 16, 1152, 10, 16, 0, d_in=8, per_position=True)
 
+# The length of a catalogue is the number of its items.
+CATALOGUE10 = Case("catalogue10", 1000, 64443, 7, 10, 0)
+CATALOGUE64 = Case("catalogue64", 1000, 64443, 7, 64, 0)
+
 CASES = {
     op: (PAPER, PAPER512, WIDE, *((MIND, COMIREC_DR, CAPSNET) if op == "dynamic_routing" else ()))
     for op in ops.DIFFERENTIABLE
 }
+CASES["catalogue_top_k"] = (CATALOGUE10, CATALOGUE64)
 
 # For GPUs, which the sizes above leave idle.
 BIG = (Case("big64", 8192, 50, 8, 64, 64), Case("big128", 8192, 50, 8, 128, 128))
@@ -56,7 +62,13 @@ _NAMES = tuple(dict.fromkeys(case.name for cases in CASES.values() for case in c
 
 def of_device(op: str, device: str) -> tuple[Case, ...]:
     """The sizes at which ``op`` is measured on a device."""
-    return (*CASES[op], *BIG) if device == "cuda" else CASES[op]
+    differentiable = op in ops.DIFFERENTIABLE
+    return (*CASES[op], *BIG) if device == "cuda" and differentiable else CASES[op]
+
+
+def directions(op: str) -> tuple[str, ...]:
+    """Those in which ``op`` is measured: all that it has."""
+    return DIRECTIONS if op in ops.DIFFERENTIABLE else DIRECTIONS[:1]
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -205,6 +217,16 @@ def _mimnet_forward(c: Case, draw: _Draw) -> Inputs:
     return (history, source, item, prototype, parameters, logits), kwargs, leaves
 
 
+def _catalogue_top_k(c: Case, draw: _Draw) -> Inputs:
+    d = c.width
+    items, prototypes = draw(c.length, d, std=2 * d**-0.5), draw(PROTOTYPES, d, std=2 * d**-0.5)
+    ids = torch.arange(c.length, device=draw.device) % PROTOTYPES
+    fusion = draw(2 * d, std=(2 * d) ** -0.5), draw(1)
+    weights = draw.attention(d), draw.attention(d), *fusion
+    args = (draw(c.batch, c.capsules, d), items, prototypes, *weights, TOP)
+    return args, {"prototype_ids": ids}, ()
+
+
 _INPUTS: dict[str, Callable[[Case, _Draw], Inputs]] = {
     "squash": _squash,
     "dynamic_routing": _dynamic_routing,
@@ -212,6 +234,7 @@ _INPUTS: dict[str, Callable[[Case, _Draw], Inputs]] = {
     "target_attention": _target_attention,
     "multi_granularity_attention": _multi_granularity_attention,
     "mimnet_forward": _mimnet_forward,
+    "catalogue_top_k": _catalogue_top_k,
 }
 
 
@@ -237,6 +260,8 @@ def make_call(
         shape = (case.batch, case.width)
     elif op == "mimnet_forward":
         shape = (case.batch,)
+    elif op == "catalogue_top_k":
+        shape = (case.batch, TOP)
     return Call(args, kwargs, leaves, draw(*shape))
 
 
@@ -279,7 +304,10 @@ def _fusion_flops(c: Case) -> int:
 
 
 def flops(op: str, case: Case) -> tuple[int, int]:
-    """Floating-point operations of forward, and of backward with its gradients as in the call."""
+    """Floating-point operations of forward, and of backward with its gradients as in the call.
+
+    Of an op without a gradient backward has none.
+    """
     b, n, k, d, h = case.batch, case.length, case.capsules, case.width, case.hidden
     if op == "squash":
         # norm (2 per element) and scaling; in backward norm, x.g and a combination of x and g
@@ -294,6 +322,11 @@ def flops(op: str, case: Case) -> tuple[int, int]:
         return _bridge_flops(case), 2 * _bridge_flops(case)
     if op == "target_attention":
         return _attention_flops(case), 2 * _attention_flops(case)
+    if op == "catalogue_top_k":
+        # Keys and values of K interests, twice; scores of items, values of items twice, scores of
+        # prototypes; both halves of the fusion weight.
+        rating = 4 * b * k * d * d + 3 * b * k * n * d + b * k * PROTOTYPES * d
+        return 2 * (rating + n * d + PROTOTYPES * d), 0
     parts = 2 * _attention_flops(case) + _fusion_flops(case)
     if op == "multi_granularity_attention":
         return parts, 2 * parts

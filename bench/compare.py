@@ -46,6 +46,7 @@ command line.
 """
 
 _BLOCK = 0.02  # seconds that a contender runs before the next has its turn
+_LONG = 0.5  # seconds of a call that need no warming up
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 51
 
 
@@ -58,9 +59,12 @@ def interleave(
     that whatever disturbs the machine disturbs all of them. There are as many rounds as fit into
     ``budget`` seconds, but at least a handful.
     """
-    calls, once = {}, 0.0
+    calls, once, warmed = {}, 0.0, set()
     for name, step in steps.items():
-        duration = min(clock.seconds(step, device=device) for _ in range(3))
+        duration = clock.seconds(step, device=device)
+        if duration < _LONG:
+            warmed.add(name)
+            duration = min(duration, *(clock.seconds(step, device=device) for _ in range(2)))
         calls[name] = max(1, round(_BLOCK / duration))
         once += (1 + calls[name]) * duration
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(budget / once))) if steps else 0
@@ -73,7 +77,8 @@ def interleave(
             shuffle(order)
             for name in order:
                 step = steps[name]
-                step()  # finds the caches as its predecessor left them
+                if name in warmed:
+                    step()  # finds the caches as its predecessor left them
                 samples[name].append(clock.seconds(step, calls[name], device))
     finally:
         gc.enable()
@@ -135,21 +140,21 @@ def contest(op: str, case: Case, options: argparse.Namespace) -> list[dict[str, 
     arena = baselines.Contest(op, case, dtype, modes, options.device, backends)
     rows = []
     work = zip(
-        cases.DIRECTIONS,
+        cases.directions(op),
         accumulate(cases.flops(op, case)),
         accumulate(cases.traffic(arena.call)),
-        strict=True,
+        strict=False,  # not every op has a backward
     )
     for direction, flops, moved in work:
         steps: dict[str, Callable[[], Any]] = {}
         found: dict[str, dict[str, Any]] = {}
         for name in names:
             try:
-                steps[name] = arena.in_rotation(arena.step(name, direction))
+                steps[name] = arena.in_rotation(name, arena.step(name, direction))
             except Exception as error:  # a compiler has many ways to fail
                 found[name] = {"error": _one_line(error)}
         for name, samples in interleave(steps, options.seconds, options.device).items():
-            found[name] = _summary(samples)
+            found[name] = _summary([sample / arena.share(name) for sample in samples])
         if options.device == "cuda":
             for name, step in steps.items():
                 try:
@@ -259,7 +264,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         except Exception as error:  # one broken op must not cost the results of the others
             rows += [
                 {**_common(op, case, options), "direction": direction, "error": _one_line(error)}
-                for direction in cases.DIRECTIONS
+                for direction in cases.directions(op)
             ]
         _add_floors(result, rates)
         if out is not None:  # the run may be stopped before its end
@@ -268,7 +273,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         say("peak memory")
         peaks = memory.measure(options)
         for row in rows:
-            if "error" not in row and row["direction"] != "forward":
+            if "error" not in row and row["direction"] == cases.directions(row["op"])[-1]:
                 for name, contender in row["contenders"].items():
                     contender["peak_bytes"] = peaks.get((row["op"], row["case"], name))
     return result

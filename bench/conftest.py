@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grid = [
         pytest.param(case.name, direction, name, id=f"{case.name}-{direction}-{name}")
         for case in cases.CASES[op]
-        for direction in cases.DIRECTIONS
+        for direction in cases.directions(op)
         for name in baselines.names(op)
     ]
     metafunc.parametrize(("case", "direction", "contender"), grid)
@@ -79,9 +79,10 @@ def timed(
 
     def run(op: str) -> None:
         torch.set_num_threads(pytestconfig.getoption("threads"))
-        step = _contest(op, case).step(contender, direction)
+        contest = _contest(op, case)
+        step, share = contest.step(contender, direction), contest.share(contender)
         benchmark.group = f"{op} {case} {direction}"
-        benchmark.name = contender
+        benchmark.name = contender if share == 1 else f"{contender}, {share:.0%} of the users"
         benchmark(step)
 
     return run

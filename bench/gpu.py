@@ -86,7 +86,7 @@ def check() -> None:
         arena = baselines.Contest(op, _EXERCISES[0][0], modes=())
         for name in baselines.names(op, modes=()):
             for direction in cases.DIRECTIONS:
-                arena.in_rotation(arena.step(name, direction))()
+                arena.in_rotation(name, arena.step(name, direction))()
         print(f"{op}: every case builds, every baseline is right")
     exercise("cpu", "auto")
     with tempfile.TemporaryDirectory() as folder:

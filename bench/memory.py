@@ -110,12 +110,14 @@ def main() -> int:
     options = parser.parse_args()
     with_allocator()
     torch.set_num_threads(options.threads)
+    dtype = cases.DTYPES[options.dtype]
     for op, case in cases.selected(options):
-        call = cases.make_call(op, case, cases.DTYPES[options.dtype])
+        call, direction = cases.make_call(op, case, dtype), cases.directions(op)[-1]
         contenders = baselines.contenders(op, tuple(options.modes), tuple(options.backends))
         for name, function in contenders.items():
             try:
-                peak = peak_bytes(baselines.Step(function, call, "forward+backward"))
+                step = baselines.Step(function, baselines.call_of(name, op, call), direction)
+                peak = peak_bytes(step)
             except Exception as error:
                 print(f"{op} {case.name} {name}: {error}", file=sys.stderr)
                 continue

@@ -69,7 +69,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context(_STYLE):
         height = 1 + 0.2 * len(labels)
         figure = Figure(figsize=(10, height + 5), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(height, 5))
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(height, 5)).flat
         against_best, of_floor = above.subplots(1, 2, sharey=True)
         _dots(against_best, found, labels, "against_best")
         _dots(of_floor, found, labels, "of_floor")
@@ -153,6 +153,8 @@ def _roofline(axes: Axes, found: list[Point], machine: dict[str, Any]) -> None:
     for number, op in enumerate(ops):
         for direction, marker in _MARKERS.items():
             chosen = [p for p in found if (p.op, p.direction) == (op, direction)]
+            if not chosen:
+                continue
             x = [point.intensity for point in chosen]
             ours = [point.gflop_per_s for point in chosen]
             best = [point.best_gflop_per_s for point in chosen]

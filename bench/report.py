@@ -68,7 +68,9 @@ is the best baseline, in operations of the reassociated algorithm.
 
 The sizes B (users), L (history), K (interests), D (width) and H (hidden units of the bridge);
 `comirec_dr` and `capsnet` have a routing weight per position, for which there is no reassociated
-form (under that name stands one product, batched over the positions, and then the votes):
+form (under that name stands one product, batched over the positions, and then the votes). Of a
+catalogue L is the number of items, of which the best 20 are found, with 100 prototypes; baselines
+run for ten users, and their times, not their memory, are scaled to all:
 """
 
 

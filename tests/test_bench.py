@@ -46,7 +46,7 @@ def run(*arguments):
 def test_contenders_compute_the_same(op, dtype):
     contest = baselines.Contest(op, TINY, dtype)
     for name in EAGER[op]:
-        for direction in cases.DIRECTIONS:
+        for direction in cases.directions(op):
             results = contest.step(name, direction)()
             assert len(results) == (1 if direction == "forward" else len(contest.call.leaves))
 
@@ -60,11 +60,42 @@ def test_inputs_are_the_same_in_every_run_and_differ_between_ops():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("op", cases.CASES)
+@pytest.mark.parametrize("op", ops.DIFFERENTIABLE)
 def test_whole_model_alone_has_frozen_inputs(op):
     call = cases.make_call(op, TINY)
     assert call.args[0].requires_grad == (op != "mimnet_forward")
     assert all(leaf.requires_grad for leaf in call.leaves)
+
+
+def test_baselines_of_a_catalogue_rate_a_few_users_only(monkeypatch):
+    monkeypatch.setattr(baselines, "_FEW_USERS", 2)
+    contest = baselines.Contest("catalogue_top_k", TINY)
+    (ours,), (theirs,) = (contest.step(name, "forward")() for name in ("mimnet_fast", "textbook"))
+    assert ours.shape == (6, cases.TOP)
+    torch.testing.assert_close(theirs, ours[:2])
+    assert (contest.share("mimnet_fast"), contest.share("textbook")) == (1, 1 / 3)
+    assert baselines.Contest("squash", TINY).share("textbook") == 1
+
+
+def test_times_of_a_few_users_are_scaled_to_all(tiny, monkeypatch):
+    monkeypatch.setattr(baselines, "_FEW_USERS", 2)
+    monkeypatch.setattr(compare, "interleave", lambda steps, *_: dict.fromkeys(steps, [1.0] * 7))
+    (row,) = compare.contest("catalogue_top_k", TINY, compare._parse(["--modes"]))
+    medians = [contender["median_ms"] for contender in row["contenders"].values()]
+    assert medians == pytest.approx([1000, 3000, 3000])
+    assert row["flops"] == cases.flops("catalogue_top_k", TINY)[0]
+
+
+def test_wrong_catalogue_is_not_timed(monkeypatch):
+    right = ops.catalogue_top_k
+
+    def wrong(*args, backend=None, **kwargs):
+        scores, items = right(*args, backend=backend, **kwargs)
+        return (scores if backend == "reference" else scores.roll(1, 1)), items
+
+    monkeypatch.setattr(ops, "catalogue_top_k", wrong)
+    with pytest.raises(baselines.WrongResultError, match="differs from the reference"):
+        baselines.Contest("catalogue_top_k", TINY).step("mimnet_fast", "forward")
 
 
 # The floor
@@ -74,7 +105,7 @@ def test_whole_model_alone_has_frozen_inputs(op):
 def test_flops_are_those_of_the_reassociated_form(op):
     """As torch counts them, but for what it does not count: the rating's elementwise product."""
     call = cases.make_call(op, TINY)
-    step = baselines.Step(baselines.FORMS[op]["reassociated"], call, "forward+backward")
+    step = baselines.Step(baselines.FORMS[op]["reassociated"], call, cases.directions(op)[-1])
     with FlopCounterMode(display=False) as counter:
         step()
     rating = (2 + 2) * TINY.batch * TINY.width if op == "mimnet_forward" else 0
@@ -104,7 +135,7 @@ def test_routing_with_a_weight_per_position(d_in):
 @pytest.mark.parametrize("op", cases.CASES)
 def test_flops_and_traffic_are_positive(op):
     for case in cases.CASES[op]:
-        assert min(cases.flops(op, case)) > 0
+        assert min(cases.flops(op, case)[: len(cases.directions(op))]) > 0
     assert min(cases.traffic(cases.make_call(op, TINY))) > 0
 
 
@@ -264,7 +295,7 @@ def test_pytest_benchmark_collects_every_contest():
     ids = [line for line in process.stdout.splitlines() if "::test_" in line]
     ids = [line for line in ids if not line.startswith("bench/bench_swap.py")]
     assert len(ids) == sum(
-        len(in_op) * len(cases.DIRECTIONS) * len(baselines.names(op))
+        len(in_op) * len(cases.directions(op)) * len(baselines.names(op))
         for op, in_op in cases.CASES.items()
     )
     assert "bench/bench_squash.py::test_squash[paper-forward-mimnet_fast]" in ids
