@@ -408,7 +408,7 @@ class BaseModels(Stage1):
         )
         user_weights = None
         if self.biased and model.weighs_users:
-            user_weights = _user_weights(getattr(self.split, phase), self.dataset.num_overlap)
+            user_weights = balanced_weights(getattr(self.split, phase), self.dataset.num_overlap)
         if self.biased and model.uses_profiles:
             source_users, source_items, target_items = (
                 torch.cat(tables, 1)
@@ -485,7 +485,7 @@ class BaseModels(Stage1):
         return {"diagnostics": diagnose(model, inputs, self.split.final.evaluation)}
 
 
-def _user_weights(phase: Phase, users: int) -> Tensor:
+def balanced_weights(phase: Phase, users: int) -> Tensor:
     """What an error of each user counts, so that a few who rate a lot do not decide alone.
 
     A user's errors are not independent. With n ratings each counts ``1 / (1 + n / BALANCE)``, times

@@ -222,8 +222,12 @@ TRIVIAL: dict[str, tuple[str, Callable[[Split, SplitBiases], Tensor]]] = {
         lambda split, biases: biases.final.expected(split.final.evaluation),
     ),
     "item_user_bias_median": (
-        "mean + item bias + source user bias + median of the rest",
+        "biases + median of the rest",
         trivial.biases_and_median,
+    ),
+    "item_user_bias_rounded": (
+        "biases + median of the rest, rounded",
+        trivial.biases_rounded,
     ),
 }
 """Predictors without training: a title, and what they expect of the test ratings."""

@@ -52,6 +52,21 @@ def biases_and_median(split: Split, biases: SplitBiases) -> Tensor:
     return biases.final.expected(split.final.evaluation) + left.median()
 
 
+def biases_rounded(split: Split, biases: SplitBiases) -> Tensor:
+    """The rating that is nearest to `biases_and_median`: many ratings are then met exactly."""
+    return nearest_rating(biases_and_median(split, biases), split.final.train_target.values)
+
+
+def nearest_rating(predicted: Tensor, ratings: Tensor) -> Tensor:
+    """What occurs among ``ratings`` and is nearest to each prediction.
+
+    >>> nearest_rating(torch.tensor([0.2, 3.4, 4.6]), torch.tensor([1.0, 3.0, 4.0, 4.0]))
+    tensor([1., 3., 4.])
+    """
+    scale = ratings.unique()
+    return scale[torch.bucketize(predicted, (scale[1:] + scale[:-1]) / 2)]
+
+
 def _num_items(split: Split) -> int:
     final = split.final
     return int(torch.cat([final.train_target.items, final.evaluation.items]).max()) + 1
