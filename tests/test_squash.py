@@ -7,7 +7,7 @@ from cases import DTYPES, Call, dtype_id, randn, squash_call
 from mimnet_fast import ops
 from mimnet_fast._options import SQUASH_FORMS
 
-SHAPES = [(1,), (10,), (3, 1), (5, 33), (2, 3, 7), (2, 3, 4, 5), (2, 1, 3, 2, 4, 5), (70, 64)]
+SHAPES = [(1,), (10,), (3, 1), (35, 33), (2, 3, 7), (2, 3, 4, 5), (2, 1, 3, 2, 4, 5), (70, 64)]
 
 
 @pytest.mark.parametrize("form", SQUASH_FORMS)
@@ -25,6 +25,25 @@ def test_matches_the_reference(backend, shape, dtype, form):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_any_dimension(backend, dim, dtype):
     squash_call(dim=dim, dtype=dtype).verify(backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :3],
+        lambda x: x[:, :1],
+        lambda x: x[..., 3:],
+        lambda x: x[..., ::2],
+        lambda x: x[..., :1],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:1].expand(4, -1, -1),
+        lambda x: x[..., :1].expand(-1, -1, 20),
+    ],
+    ids=["rows", "row", "elements", "step", "element", "transposed", "same rows", "same elements"],
+)
+def test_any_strides(backend, view, dtype):
+    Call(ops.squash, (view(randn(9, 5, 20, dtype=dtype)),)).verify(backend)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4, 1e10, 1e15])

@@ -67,6 +67,14 @@ MIMNET_FAST_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
+// -1 in the first n lanes, else 0.
+template <class T>
+MIMNET_FAST_INLINE Int<T> first_lanes(int n) {
+  Int<T> lane;
+  for (int w = 0; w < kLanes<T>; ++w) lane[w] = w;
+  return lane < n;
+}
+
 // Bit w is set where a comparison holds in lane w.
 template <class T>
 MIMNET_FAST_INLINE uint32_t lanes_where(Int<T> holds) {
@@ -194,6 +202,33 @@ MIMNET_FAST_INLINE S narrow(T x) {
   }
 }
 
+// The same for arrays. GCC 12 does not use the vector instructions for float16 of its own accord.
+template <class T, class S>
+inline void widen_all(T* to, const S* from, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<S, _Float16>) {
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    }
+  }
+#endif
+  for (; i < count; ++i) to[i] = widen<T>(from[i]);
+}
+template <class S, class T>
+inline void narrow_all(S* to, const T* from, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<S, _Float16>) {
+    for (; i + 8 <= count; i += 8) {
+      _mm_storeu_si128((__m128i*)(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+#endif
+  for (; i < count; ++i) to[i] = narrow<S>(from[i]);
+}
+
 // Calls f(S{}) with the storage type S of a floating dtype.
 template <class F>
 MIMNET_FAST_INLINE void with_storage(DType dtype, F&& f) {
@@ -212,7 +247,7 @@ MIMNET_FAST_INLINE void with_storage(DType dtype, F&& f) {
 // ---- between memory (users in rows) and lanes (users in lanes)
 // -------------------------------------
 
-// The first n of a vector's elements; the rest is 0.
+// The first n of a vector's elements, up to all of them; the rest is 0.
 template <class T>
 MIMNET_FAST_INLINE Vec<T> load_partial(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -222,9 +257,21 @@ MIMNET_FAST_INLINE Vec<T> load_partial(const T* p, int n) {
     return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
   }
 #else
+  if (n == kLanes<T>) return *reinterpret_cast<const Unaligned<T>*>(p);
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_maskload_ps(p, (__m256i)first_lanes<T>(n));
+  } else {
+    return (Vec<T>)_mm256_maskload_pd(p, (__m256i)first_lanes<T>(n));
+  }
+#else
   Vec<T> v{};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
+#pragma GCC unroll 4  // constant lanes stay in registers
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i < n) v[i] = p[i];
+  }
   return v;
+#endif
 #endif
 }
 
@@ -237,7 +284,20 @@ MIMNET_FAST_INLINE void store_partial(T* p, Vec<T> v, int n) {
     _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
   }
 #else
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  if (n == kLanes<T>) {
+    *reinterpret_cast<Unaligned<T>*>(p) = v;
+    return;
+  }
+  // A half, a quarter and so on: the masked store of AVX2 is slow on many CPUs.
+#pragma GCC unroll 4
+  for (int s = kLanes<T> / 2; s > 0; s /= 2) {
+    if ((n & s) == 0) continue;
+    __builtin_memcpy(p, &v, s * sizeof(T));
+    p += s;
+    Int<T> rest;
+    for (int w = 0; w < kLanes<T>; ++w) rest[w] = w + s;
+    v = __builtin_shuffle(v, rest);
+  }
 #endif
 }
 
@@ -276,6 +336,27 @@ MIMNET_FAST_INLINE void transpose(Vec<T>* v) {
       v[i] = __builtin_shuffle(a, b, low);
       v[i + s] = __builtin_shuffle(a, b, high);
     }
+  }
+}
+
+// Lane w is the sum of all lanes of v[w]: a transpose that adds the halves which it exchanges.
+template <class T, int s = kLanes<T> / 2>
+MIMNET_FAST_INLINE Vec<T> sum_each(Vec<T>* v) {
+  constexpr int n = kLanes<T>;
+  Int<T> low, high;
+#pragma GCC unroll 16
+  for (int w = 0; w < n; ++w) {
+    low[w] = (w & s) ? n + w - s : w;
+    high[w] = (w & s) ? n + w : w + s;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < s; ++i) {
+    v[i] = __builtin_shuffle(v[i], v[i + s], low) + __builtin_shuffle(v[i], v[i + s], high);
+  }
+  if constexpr (s > 1) {
+    return sum_each<T, s / 2>(v);
+  } else {
+    return v[0];
   }
 }
 
@@ -473,6 +554,22 @@ MIMNET_FAST_INLINE void squash_lanes(Vec<T>* x, int64_t count, const Squash& squ
   for (int64_t d = 0; d < count; ++d) x[d] *= factor;
 }
 
+// The gradient with respect to x, given `grad` with respect to squash(x), is of_grad grad + of_x x.
+template <class T>
+struct SquashGradient {
+  Vec<T> of_grad, of_x;
+};
+
+// For |x|^2 and x . grad.
+template <class T>
+MIMNET_FAST_INLINE SquashGradient<T> squash_gradient(Vec<T> norm2, Vec<T> dot,
+                                                     const Squash& squash) {
+  const SquashFactor<Vec<T>> f = squash_factor<LaneMath<T>>(norm2, squash);
+  const auto nonzero = norm2 > T(0);
+  const Vec<T> share = dot / select(nonzero, norm2, splat(T(1)));
+  return {f.factor, select(nonzero, (f.radial + f.radial) * share, Vec<T>{})};
+}
+
 // grad becomes the gradient with respect to x, given the gradient with respect to squash(x).
 template <class T>
 MIMNET_FAST_INLINE void squash_backward_lanes(Vec<T>* grad, const Vec<T>* x, int64_t count,
@@ -482,11 +579,8 @@ MIMNET_FAST_INLINE void squash_backward_lanes(Vec<T>* grad, const Vec<T>* x, int
     norm2 += x[d] * x[d];
     dot += x[d] * grad[d];
   }
-  const SquashFactor<Vec<T>> f = squash_factor<LaneMath<T>>(norm2, squash);
-  const auto nonzero = norm2 > T(0);
-  const Vec<T> share = dot / select(nonzero, norm2, splat(T(1)));
-  const Vec<T> along = select(nonzero, (f.radial + f.radial) * share, Vec<T>{});
-  for (int64_t d = 0; d < count; ++d) grad[d] = f.factor * grad[d] + along * x[d];
+  const SquashGradient<T> f = squash_gradient<T>(norm2, dot, squash);
+  for (int64_t d = 0; d < count; ++d) grad[d] = f.of_grad * grad[d] + f.of_x * x[d];
 }
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -11,6 +11,8 @@ from mimnet_fast import backends, reference
 from mimnet_fast._options import SQUASH_FORMS, code
 from mimnet_fast.ops import _autograd, _checks
 
+_DIMS = tuple(range(1, 65))  # as many as a tensor can have
+
 
 def check_squash(form: str, eps: float, power: float, name: str = "form") -> tuple[int, float]:
     """Code of the form and its power, checked together."""
@@ -67,7 +69,7 @@ def squash(
         >>> squash(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).norm(dim=-1)
         tensor([0.9615, 0.0000])
     """
-    x = _checks.leading("x", x, tuple(range(1, 65)), "with at least one dimension")
+    x = _checks.leading("x", x, _DIMS, "with at least one dimension")
     form_code, power = check_squash(form, eps, power)
     if _checks.whole("dim", dim, -x.dim(), "a dimension of x") >= x.dim():
         raise ValueError(f"dim: got {dim}, need at most {x.dim() - 1} (a dimension of x)")

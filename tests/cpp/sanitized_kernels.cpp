@@ -119,6 +119,20 @@ void squash_case(DType t, Shape s) {
     kernels().squash_backward(args);
     out.check("squash");
     grad_x.check("squash_backward");
+    // A view whose rows are not evenly spaced, and one whose elements are not.
+    for (const int d : {1, 2}) {
+      Tensor whole = Tensor(t, {s.b, s.k + (d == 1), s.d}).random();
+      View part = whole;
+      if (d == 1) part.size[1] = s.k;
+      if (d == 2) {
+        std::swap(part.size[1], part.size[2]);
+        std::swap(part.stride[1], part.stride[2]);
+      }
+      Tensor found(t, {s.b, part.size[1], part.size[2]});
+      SquashArgs strided{part, part, found, {SquashForm(form), 1e-8, 1.0}, two_threads()};
+      kernels().squash_backward(strided);
+      found.check("squash_backward of a view");
+    }
   }
 }
 
