@@ -69,7 +69,9 @@ def fused_steps(
         if schedule.weight_decay or averages:
             return None
         return _factorization_steps(loss.predict, schedule, optimizer)
-    if isinstance(loss, TransferLoss) and type(loss.model) is MIMNet:
+    if isinstance(loss, TransferLoss) and isinstance(loss.model, MIMNet):
+        if type(loss.model).history is not MIMNet.history:  # not the rows that the kernel gathers
+            return None
         if loss.model.backend not in (None, "auto", "native"):
             return None
         return _mimnet_steps(loss.model, loss, schedule, optimizer, averages)
