@@ -198,7 +198,46 @@ def _reading(tasks: dict[str, dict[str, Any]]) -> list[str]:
         "carry over. MIMNet alone is told more, counts and means of ratings "
         "(`mimnet_fast/cdr/profiles.py`).",
     ]
+    without = [
+        (name, {row["name"]: Score.of(row, BASE) for row in study["rows"]})
+        for name, study in _found(tasks, f"additions-{BASE}").items()
+    ]
+    if without:
+        costs = [
+            f"{name} {' and '.join(_cost(rows['no-profiles'], rows[MODEL]))}"
+            for name, rows in without
+        ]
+        lines += [
+            "",
+            f"**What carries the gain.** Without profiles MIMNet has on {'; on '.join(costs)}.",
+        ]
+    if limits := _limit_counts(tasks):
+        of_rmse, of_ours, of_mae = (
+            _counted(limits[column]) for column in (TREES_RMSE, OURS_RMSE, OURS_MAE)
+        )
+        lines += [
+            "",
+            "**How much there is to win.** By RMSE, boosted trees that are told the same are "
+            f"{of_rmse} against the biases, and MIMNet is {of_ours} against the trees. By MAE, "
+            f"MIMNet moved and rounded like its hardest rival is {of_mae} against the best "
+            "predictor without training.",
+        ]
     return ["## In short", "", *lines, ""]
+
+
+def _cost(without: Score, whole: Score) -> Iterator[str]:
+    for metric in METRICS:
+        found = difference(without, whole, metric)
+        yield f"{_signed(found)} {metric.upper()} ({found.verdict})"
+
+
+def _found(tasks: dict[str, dict[str, Any]], study: str) -> dict[str, dict[str, Any]]:
+    """A study on the tasks that have it."""
+    return {
+        name: task["studies"][study]
+        for name, task in tasks.items()
+        if study in task.get("studies", {})
+    }
 
 
 def _counted(verdicts: Counter[str]) -> str:
@@ -269,12 +308,7 @@ def _studies(tasks: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for study, (title, meaning) in _STUDIES.items():
         for base in BASES:
-            found = {
-                name: task["studies"][f"{study}-{base}"]
-                for name, task in tasks.items()
-                if f"{study}-{base}" in task.get("studies", {})
-            }
-            if found:
+            if found := _found(tasks, f"{study}-{base}"):
                 lines += [f"## {title}, on {base}", "", *_study(meaning, found)]
     return lines
 
@@ -329,9 +363,14 @@ def _sorted(verdicts: dict[str, dict[str, list[str]]]) -> str:
     return "; ".join(parts)
 
 
-def _limits(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    rows = []
-    counts: dict[str, Counter[str]] = {}
+TREES_RMSE = "RMSE: trees less biases"
+OURS_RMSE = "MIMNet less trees"
+OURS_MAE = "MIMNet, moved and rounded, less that"
+
+
+def _limit_differences(
+    tasks: dict[str, dict[str, Any]],
+) -> Iterator[tuple[str, float, dict[str, Difference]]]:
     for name, beta, found in _cells(tasks):
         measured = {
             row["name"]: Score.of(row, BASE)
@@ -340,24 +379,40 @@ def _limits(tasks: dict[str, dict[str, Any]]) -> list[str]:
         }
         if not measured:
             continue
-        trees, alone, rounded = (
-            measured[each] for each in ("trees", "trees-alone", "mimnet-rounded")
-        )
+        trees, alone = measured["trees"], measured["trees-alone"]
         biases = _named(found, "item_user_bias", BASE)
         hardest = best([score for score in found if score.trivial], "mae")
-        columns = {
-            "RMSE: trees less biases": difference(trees, biases, "rmse"),
-            "trees told the biases alone less biases": difference(alone, biases, "rmse"),
-            "MIMNet less trees": difference(ours(found), trees, "rmse"),
-            "MAE: trees less the best without training": difference(trees, hardest, "mae"),
-            "trees told the biases alone less that": difference(alone, hardest, "mae"),
-            "MIMNet, moved and rounded, less that": difference(rounded, hardest, "mae"),
-        }
+        yield (
+            name,
+            beta,
+            {
+                TREES_RMSE: difference(trees, biases, "rmse"),
+                "trees told the biases alone less biases": difference(alone, biases, "rmse"),
+                OURS_RMSE: difference(ours(found), trees, "rmse"),
+                "MAE: trees less the best without training": difference(trees, hardest, "mae"),
+                "trees told the biases alone less that": difference(alone, hardest, "mae"),
+                OURS_MAE: difference(measured["mimnet-rounded"], hardest, "mae"),
+            },
+        )
+
+
+def _limit_counts(tasks: dict[str, dict[str, Any]]) -> dict[str, Counter[str]]:
+    """How often each difference is better, level or worse, by column."""
+    counts: dict[str, Counter[str]] = {}
+    for _, _, columns in _limit_differences(tasks):
         for column, each in columns.items():
             counts.setdefault(column, Counter())[each.verdict] += 1
-        rows.append([name, str(beta), *map(_signed, columns.values())])
+    return counts
+
+
+def _limits(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    rows = [
+        [name, str(beta), *map(_signed, columns.values())]
+        for name, beta, columns in _limit_differences(tasks)
+    ]
     if not rows:
         return []
+    counts = _limit_counts(tasks)
     return [
         "## How much there is to win",
         "",
