@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -220,6 +220,23 @@ def _choose(op: str, backend: str | None, like: Tensor, unsupported: Unsupported
             'Use backend="auto" to fall back to the reference.'
         )
     return name
+
+
+def trusts_native(backend: str | None, like: Any, tensors: Iterable[Any]) -> bool:
+    """Whether a call may go to the compiled kernels as it is, which refuse what does not fit.
+
+    It may where they come first, all tensors (or None) are plain ones, and nothing traces, converts
+    or watches the call. The op's function then looks for what is wrong only after a refusal.
+    """
+    return (
+        (_default if backend is None else backend) in ("auto", "native")
+        and all(tensor is None or type(tensor) is Tensor for tensor in (like, *tensors))
+        and like is not None
+        and _watched is None
+        and not torch.compiler.is_compiling()
+        and _problem("native", like.device.type, like.dtype) is None
+        and not torch.is_autocast_enabled(like.device.type)
+    )
 
 
 def _log_fallback(op: str, reasons: dict[str, list[str]]) -> None:

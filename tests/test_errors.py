@@ -358,6 +358,11 @@ WRONG = {
         ValueError,
         "history: .*ids .* with a table",
     ),
+    "mimnet: lengths as the mask": (
+        forward("mask", torch.ones(5).long()),
+        ValueError,
+        r"mask: got shape \[5\]",
+    ),
     "mimnet: id too large": (
         forward(0, torch.full((5, 6), 23), ids=torch.int64),
         ValueError,
@@ -511,13 +516,17 @@ WRONG = {
 
 # Looks at lengths and ids, a module's first logits, and the copies that `verify` works on.
 LOOKS = {"aminmax", "_local_scalar_dense", "select", "randn", "detach", "_to_copy"}
+# Ops that refuse a wrong call themselves; what is wrong is looked for afterwards.
+REFUSE = {"mimnet_forward"}
 
 
 class NothingComputed(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split("::")[1].split(".")[0]
-        assert name in LOOKS, f"{name} ran before the arguments were checked"
-        return func(*args, **(kwargs or {}))
+        assert name in LOOKS | REFUSE, f"{name} ran before the arguments were checked"
+        result = func(*args, **(kwargs or {}))
+        assert name in LOOKS, f"{name} computed something"
+        return result
 
 
 @pytest.mark.parametrize("name", WRONG)

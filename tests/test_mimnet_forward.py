@@ -165,3 +165,28 @@ def test_compiled_code_checks_ids(backend, device):
         else:
             with pytest.raises((RuntimeError, ValueError), match=f"history: got id {wrong}"):
                 compiled(bad, *others, **options)
+
+
+def test_op_refuses_what_does_not_fit(backend, device):
+    """Callers of `torch.ops`, exported programs among them, are not looked after by Python."""
+    if backend != "native":
+        pytest.skip("of the binding that compiled kernels share")
+    call = mimnet_call(history="mask", ids=torch.int64)
+    history, source, item, prototype, parameters, logits = call.args
+    table, mask = call.options["table"], call.options["mask"]
+    fitting = [history, table, source, item, prototype, *parameters.flat(), logits, mask]
+    op = torch.ops.mimnet_fast.mimnet_forward
+    assert op(*fitting, 3, 0)[0].shape == source.shape[:1]
+    for position, tensor in enumerate(fitting):
+        wrong_dtype = tensor.double() if tensor.is_floating_point() else tensor.float()
+        for wrong in (
+            wrong_dtype,
+            torch.cat([tensor, tensor]) if tensor.dim() else tensor[None, None],
+        ):
+            if tensor is table and wrong.dtype == table.dtype:
+                continue  # a larger table fits
+            with pytest.raises(RuntimeError, match="do not fit each other"):
+                op(*fitting[:position], wrong, *fitting[position + 1 :], 3, 0)
+    for options in ((0, 0), (3, -1), (3, 3)):
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            op(*fitting, *options)

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -82,12 +83,38 @@ inline bool is_jagged(const Tensor& values, int64_t dims, const std::optional<Te
   return true;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(like, sizes);
+// Whether a tensor has this shape, and the dtype and device of `like`.
+inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  if (tensor.scalar_type() != like.scalar_type() || tensor.device() != like.device() ||
+      tensor.dim() != int64_t(sizes.size())) {
+    return false;
+  }
+  int64_t d = 0;
+  for (const int64_t size : sizes) {
+    if (tensor.size(d++) != size) return false;
+  }
+  return true;
 }
 
+// A contiguous tensor, from the shim below `torch::stable::new_empty`, whose way through the
+// dispatcher costs as much as a small kernel when an op returns twenty of them.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = count;
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index,
+      &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty(like, sizes, like.scalar_type());
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -134,7 +161,9 @@ inline FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fine_vw
 template <size_t N>
 FusionWeights fusion_gradients(std::array<Tensor, N>& gradients, int64_t needs, int first) {
   const auto at = [&](int i) { return wanted(gradients, needs, first + i); };
-  for (const int key_bias : {1, 5}) torch::stable::zero_(gradients[first + key_bias]);
+  for (const int key_bias : {1, 5}) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(gradients[first + key_bias].get()));
+  }
   return {{at(0), at(2), at(3)}, {at(4), at(6), at(7)}, at(8), at(9)};
 }
 

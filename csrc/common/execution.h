@@ -1,6 +1,7 @@
 // What kernels need of their caller to run.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -24,6 +25,15 @@ struct Parallel {
         [](void* context, int64_t begin, int64_t end) {
           (*static_cast<Function*>(context))(begin, end);
         });
+  }
+
+  // The same one step at a time, each on the thread that is free next, for steps of unequal cost.
+  template <class F>
+  MIMNET_FAST_INLINE void each(int64_t count, int64_t work, F&& step) const {
+    std::atomic<int64_t> next{0};
+    (*this)(threads, count* work / threads, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < count; i = next++) step(i);
+    });
   }
 };
 

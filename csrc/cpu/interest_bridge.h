@@ -118,11 +118,8 @@ template <class T>
 void run_gradients(const WeightGradients<T>& gradients, const BridgeW2Gradient<T>& w2, int64_t work,
                    const Parallel& parallel) {
   const int64_t first = w2.units(), units = first + gradients.units();
-  parallel(units, work / (units + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      unit < first ? w2.run(unit) : gradients.run(unit - first);
-    }
-  });
+  parallel.each(units, work / (units + 1),
+                [&](int64_t unit) { unit < first ? w2.run(unit) : gradients.run(unit - first); });
 }
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -317,44 +318,40 @@ MIMNET_FAST_INLINE void store_vector(T* p, Vec<T> v, int64_t left) {
   }
 }
 
+// Of two vectors, the lanes that exchanging blocks of S x S makes of them. Constants of a type: put
+// together in a loop over S they cost more than the shuffles.
+template <class T, int S, class Lanes = std::make_index_sequence<kLanes<T>>>
+struct Exchange;
+template <class T, int S, size_t... Lane>
+struct Exchange<T, S, std::index_sequence<Lane...>> {
+  static constexpr int n = kLanes<T>;
+  static constexpr Int<T> low = {(Lane & S ? n + Lane - S : Lane)...};
+  static constexpr Int<T> high = {(Lane & S ? n + Lane : Lane + S)...};
+};
+
 // Transpose of a square of kLanes vectors, by exchanging ever smaller blocks.
-template <class T>
+template <class T, int S = kLanes<T> / 2>
 MIMNET_FAST_INLINE void transpose(Vec<T>* v) {
-  constexpr int n = kLanes<T>;
-#pragma GCC unroll 4
-  for (int s = n / 2; s > 0; s /= 2) {
-    Int<T> low, high;
 #pragma GCC unroll 16
-    for (int w = 0; w < n; ++w) {
-      low[w] = (w & s) ? n + w - s : w;
-      high[w] = (w & s) ? n + w : w + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & s) continue;
-      const Vec<T> a = v[i], b = v[i + s];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + s] = __builtin_shuffle(a, b, high);
-    }
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & S) continue;
+    const Vec<T> a = v[i], b = v[i + S];
+    v[i] = __builtin_shuffle(a, b, Exchange<T, S>::low);
+    v[i + S] = __builtin_shuffle(a, b, Exchange<T, S>::high);
   }
+  if constexpr (S > 1) transpose<T, S / 2>(v);
 }
 
 // Lane w is the sum of all lanes of v[w]: a transpose that adds the halves which it exchanges.
-template <class T, int s = kLanes<T> / 2>
+template <class T, int S = kLanes<T> / 2>
 MIMNET_FAST_INLINE Vec<T> sum_each(Vec<T>* v) {
-  constexpr int n = kLanes<T>;
-  Int<T> low, high;
-#pragma GCC unroll 16
-  for (int w = 0; w < n; ++w) {
-    low[w] = (w & s) ? n + w - s : w;
-    high[w] = (w & s) ? n + w : w + s;
-  }
 #pragma GCC unroll 8
-  for (int i = 0; i < s; ++i) {
-    v[i] = __builtin_shuffle(v[i], v[i + s], low) + __builtin_shuffle(v[i], v[i + s], high);
+  for (int i = 0; i < S; ++i) {
+    v[i] = __builtin_shuffle(v[i], v[i + S], Exchange<T, S>::low) +
+           __builtin_shuffle(v[i], v[i + S], Exchange<T, S>::high);
   }
-  if constexpr (s > 1) {
-    return sum_each<T, s / 2>(v);
+  if constexpr (S > 1) {
+    return sum_each<T, S / 2>(v);
   } else {
     return v[0];
   }

@@ -49,6 +49,20 @@ void store_sums(const Vec<T>* sums, int64_t m, int64_t n, const View& out, int64
 }
 
 template <class T>
+void WeightGradients<T>::add(OuterProduct<T> product) {
+  if (!product.out) return;
+  // Vectors lie along n: the transpose where it takes fewer of them.
+  if (product.n * pieces(product.m, kLanes<T>) < product.m * pieces(product.n, kLanes<T>)) {
+    std::swap(product.a, product.g);
+    std::swap(product.a_width, product.g_width);
+    std::swap(product.m, product.n);
+    std::swap(product.out.size[0], product.out.size[1]);
+    std::swap(product.out.stride[0], product.out.stride[1]);
+  }
+  products_[count_++] = product;
+}
+
+template <class T>
 int64_t WeightGradients<T>::units() const {
   int64_t total = 0;
   for (int i = 0; i < count_; ++i) {
@@ -71,9 +85,7 @@ void WeightGradients<T>::run_all(const Parallel& parallel) const {
   int64_t work = 0;
   for (int i = 0; i < count_; ++i) work += products_[i].rows * products_[i].m * products_[i].n;
   const int64_t total = units();
-  parallel(total, work / (total + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) run(unit);
-  });
+  parallel.each(total, work / (total + 1), [&](int64_t unit) { run(unit); });
 }
 
 #define MIMNET_FAST_INSTANTIATE(T)                                                             \

@@ -61,9 +61,7 @@ class WeightGradients {
  public:
   static constexpr int kCapacity = 24;
 
-  void add(const OuterProduct<T>& product) {
-    if (product.out) products_[count_++] = product;
-  }
+  void add(OuterProduct<T> product);
 
   // Column sums of g.
   void add_sum(const T* g, int64_t g_width, int64_t rows, int64_t n, const View& out) {

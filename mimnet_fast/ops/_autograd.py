@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ def _differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = op(*args)
+            with torch._C._AutoDispatchBelowAutograd():  # past the layer for traced graphs
+                output = op(*args)
             setup(ctx, args, output)
             return output
 
@@ -90,7 +91,8 @@ def _differentiable(
     return call
 
 
-def bits(needs: Sequence[bool]) -> int:
+@lru_cache
+def bits(needs: tuple[bool, ...]) -> int:
     """Flags as the bit mask that the backward ops take: bit i is ``needs[i]``."""
     return sum(1 << i for i, need in enumerate(needs) if need)
 

@@ -400,7 +400,7 @@ def _backward(
         offsets = mask if x.dim() == 2 else None
         first = (logits, mask, capsule_mask) if full else (None, offsets, None)
         found = kernel(
-            grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(needs)
+            grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(tuple(needs))
         )
         grads = _autograd.wanted(found, needs)
     return (*grads, *(None,) * 15)

@@ -107,7 +107,7 @@ def _backward(kernel: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
     if torch.is_grad_enabled():
         return tuple(_autograd.reference_vjp(reference.interest_bridge, inputs, needs, [grad]))
-    found = kernel(grad, *inputs, _autograd.bits(needs))
+    found = kernel(grad, *inputs, _autograd.bits(tuple(needs)))
     return tuple(_autograd.wanted(found, needs))
 
 

@@ -87,6 +87,21 @@ def mimnet_forward(
         >>> mimnet_forward(x, s, v, p, parameters, torch.randn(1, 3, 5)).shape
         torch.Size([2])
     """
+    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
+    padding_code = code("padding", padding, PADDINGS)
+    if (
+        lengths is None
+        and offsets is None
+        and isinstance(parameters, MIMNetParameters)
+        and backends.trusts_native(backend, source, (history, table, item, prototype, logits, mask))
+        and not any(t is not None and t.requires_grad for t in (table, logits))
+        and (mask is None or mask.dim() == 2)  # to the op, fewer are lengths or offsets
+    ):
+        try:
+            tensors = history, table, source, item, prototype, *parameters.flat(), logits, mask
+            return _CALLS["native"](*tensors, iterations, padding_code)[0]
+        except (RuntimeError, TypeError):  # something does not fit: what, the checks below say
+            pass
     source = _checks.leading("source", source, (2,), "[B, D]")
     history, offsets = _jagged.unpack("history", history, offsets)
     jagged = offsets is not None
@@ -127,8 +142,6 @@ def mimnet_forward(
             raise ValueError(f"offsets: got {real.shape[0]} values, need B + 1 = {batch + 1}")
     else:
         real = _checks.history_mask(mask, lengths, batch, length, source)
-    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
-    padding_code = code("padding", padding, PADDINGS)
     unsupported = []
     if table is not None and table.requires_grad:
         unsupported.append("the table is frozen inside the op; pass embedded histories to train it")
@@ -213,6 +226,9 @@ def _check_history(history: Any, table: Tensor | None, batch: int | None, like: 
 def _fake(
     history: Tensor, table: Tensor | None, source: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    given = [t for t in (history, table, *others) if isinstance(t, Tensor)]
+    if any(t.device != source.device for t in given):  # a meta tensor among others leads here
+        raise RuntimeError("mimnet_forward: the tensors are on several devices")
     batch, d = source.shape
     k = others[2 + _PARAMETERS].shape[-2]
     saved = saved_dtype(source.dtype)
@@ -282,7 +298,7 @@ def _backward(
             *others,
             ctx.iterations,
             ctx.padding,
-            _autograd.bits(needs),
+            _autograd.bits(tuple(needs)),
         )
         grads = _autograd.wanted(found, needs)
     return (grads[0], None, *grads[1:], *(None,) * 4)

@@ -142,7 +142,7 @@ def _backward(
         torch.zeros_like(inputs[0]) if grad is None else grad,
         grad_gate,
         *inputs,
-        _autograd.bits(needs),
+        _autograd.bits(tuple(needs)),
     )
     return tuple(_autograd.wanted(found, needs))
 

@@ -180,7 +180,7 @@ def _backward(
             ctx.scale,
             ctx.power,
             ctx.hard,
-            _autograd.bits(needs),
+            _autograd.bits(tuple(needs)),
         )
         grads = _autograd.wanted(found, needs)
     return (*grads, *(None,) * 4)
