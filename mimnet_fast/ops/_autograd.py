@@ -71,11 +71,14 @@ def _differentiable(
     torch.library.register_autograd(f"mimnet_fast::{name}", backward, setup_context=setup)
     op = getattr(torch.ops.mimnet_fast, name).default
 
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():  # past the layer in Python for traced graphs
+            return op(*args)
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():  # past the layer for traced graphs
-                output = op(*args)
+            output = below_autograd(*args)
             setup(ctx, args, output)
             return output
 
@@ -84,9 +87,9 @@ def _differentiable(
             return backward(ctx, *grads)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return op(*args)
-        return Eager.apply(*args)
+        return Eager.apply(*args) if torch.is_grad_enabled() else below_autograd(*args)
 
     return call
 
