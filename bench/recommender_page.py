@@ -364,8 +364,8 @@ def _sorted(verdicts: dict[str, dict[str, list[str]]]) -> str:
 
 
 TREES_RMSE = "RMSE: trees less biases"
-OURS_RMSE = "MIMNet less trees"
-OURS_MAE = "MIMNet, moved and rounded, less that"
+OURS_RMSE = "RMSE: MIMNet less trees"
+OURS_MAE = "MAE: MIMNet, moved and rounded, less the best without training"
 
 
 def _limit_differences(
@@ -387,10 +387,10 @@ def _limit_differences(
             beta,
             {
                 TREES_RMSE: difference(trees, biases, "rmse"),
-                "trees told the biases alone less biases": difference(alone, biases, "rmse"),
+                "RMSE: trees told the biases alone less biases": difference(alone, biases, "rmse"),
                 OURS_RMSE: difference(ours(found), trees, "rmse"),
                 "MAE: trees less the best without training": difference(trees, hardest, "mae"),
-                "trees told the biases alone less that": difference(alone, hardest, "mae"),
+                "MAE: trees told the biases alone less the same": difference(alone, hardest, "mae"),
                 OURS_MAE: difference(measured["mimnet-rounded"], hardest, "mae"),
             },
         )
@@ -440,6 +440,7 @@ def _rankings(tasks: dict[str, dict[str, Any]]) -> list[str]:
             scored = [Score.of(row, "mf") for row in found["rows"]]
             scored.sort(key=lambda score: -statistics.fmean(score.honest["ndcg@10"]))
             place = "" if found["beta"] is None else f", beta {found['beta']}"
+            same = ", which test the same users" if found["beta"] is None else ""
             whole = _named(scored, MODEL, "mf")
             readings = []
             for metric in RANKS:
@@ -463,7 +464,7 @@ def _rankings(tasks: dict[str, dict[str, Any]]) -> list[str]:
                 f"## Ranking, {protocol}: {name}{place}",
                 "",
                 "Positives of the test users are ranked among all items that a user has not seen. "
-                f"On mf, over {len(found['seeds'])} seeds; higher is better.",
+                f"On mf, over {len(found['seeds'])} seeds{same}; higher is better.",
                 "",
                 *results.markdown_table(["model", *map(str.upper, RANKS)], rows),
                 "",
