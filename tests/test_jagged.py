@@ -115,7 +115,9 @@ def test_mimnet_equals_the_padded(table, logits, lengths):
     call = mimnet_call(b=len(lengths), length=9, one_logits=logits == "one", ids=table)
     dense, jagged = padded_and_jagged(call, lengths, logits == "each")
     found, other = jagged.gradients(backend="native"), dense.gradients(backend="native")
-    expect(other, found, lengths)
+    users = 5 if table is None else 4  # then parameters, whose sums follow the order of histories
+    expect(other[:users], found[:users], lengths)
+    expect(other[users:], found[users:], lengths, exact=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -96,25 +96,12 @@ inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list
   return true;
 }
 
-// A contiguous tensor, from the shim below `torch::stable::new_empty`, whose way through the
-// dispatcher costs as much as a small kernel when an op returns twenty of them.
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t count = 1;
-  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = count;
-  int32_t type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index,
-      &handle));
-  return Tensor(handle);
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes);
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty(like, sizes, like.scalar_type());
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {

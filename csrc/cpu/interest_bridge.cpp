@@ -86,9 +86,9 @@ void bridge_forward(const BridgePlan<T>& p, Vec<T>* out, const Vec<T>* interests
 template <class T>
 void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
                      const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,
-                     const Blocks<T>& blocks, int64_t block, BridgeRows<T>& rows,
-                     Scratch<T> scratch) {
-  const int64_t k = p.interests, hidden = p.hidden, d = p.d_target, groups = blocks.size(block);
+                     int64_t groups, const BridgeRows<T>* const* rows_of_groups,
+                     const Group* places, Scratch<T> scratch) {
+  const int64_t k = p.interests, hidden = p.hidden, d = p.d_target;
   Vec<T>* h = scratch.take(groups * k * hidden);
   Vec<T>* h_grad = scratch.take(groups * k * hidden);
   Vec<T>* panel_values = scratch.take(groups * p.panel_size(0) * hidden);
@@ -131,7 +131,8 @@ void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* sou
                 SharedMatrix<T>(p.w1, p.d_interest, 1), groups * k, p.d_interest, hidden, false);
   }
   for (int64_t g = 0; g < groups; ++g) {
-    const Group group = blocks.group(block, g);
+    const Group group = places[g];
+    const BridgeRows<T>& rows = *rows_of_groups[g];
     save_rows<T>(rows.source.get(), rows.source.width, source + g * p.d_source, p.d_source, group);
     save_rows<T>(rows.out_grad_sum.get(), rows.out_grad_sum.width, grad_sum + g * d, d, group);
     for (int64_t i = 0; i < k; ++i) {
@@ -166,26 +167,24 @@ BridgeW2Gradient<T>::BridgeW2Gradient(const BridgePlan<T>& p, const BridgeRows<T
                                       int64_t batch, const View& grad_w2, int64_t threads)
     : plan_(p), rows_(rows), batch_(batch), out_(grad_w2) {
   width_ = (p.d_target + 2 * threads - 1) / (2 * threads);
-  if (width_ > 4) width_ = 4;
+  if (width_ > kWidth) width_ = kWidth;
   units_ = grad_w2 ? (p.d_target + width_ - 1) / width_ : 0;
 }
 
 // grad_w2[i, j, h] = sum_b source[b, i] M[b, j, h] with M[b, j, h] = sum_k out_grad[b, k, j]
 // hidden[b, k, h].
 template <class T>
-void BridgeW2Gradient<T>::run(int64_t unit) const {
-  constexpr int64_t chunk = 64;  // users whose M is in the cache at a time
+void BridgeW2Gradient<T>::run(int64_t unit, Scratch<T> scratch) const {
   const BridgePlan<T>& p = plan_;
   const int64_t j0 = unit * width_;
   const int64_t width = p.d_target - j0 < width_ ? p.d_target - j0 : width_;
   const int64_t k = p.interests, vectors = rows_.hidden.width / kLanes<T>;
   const int64_t row = width * vectors;  // vectors of one M, and of one row of the sum
-  Scratch<T> scratch(chunk * row + p.d_source * row);
-  Vec<T>* m = scratch.take(chunk * row);
+  Vec<T>* m = scratch.take(kChunk * row);
   Vec<T>* sum = scratch.take(p.d_source * row);
   for (int64_t i = 0; i < p.d_source * row; ++i) sum[i] = Vec<T>{};
-  for (int64_t b0 = 0; b0 < batch_; b0 += chunk) {
-    const int64_t users = batch_ - b0 < chunk ? batch_ - b0 : chunk;
+  for (int64_t b0 = 0; b0 < batch_; b0 += kChunk) {
+    const int64_t users = batch_ - b0 < kChunk ? batch_ - b0 : kChunk;
     for (int64_t b = 0; b < users; ++b) {
       const int64_t first = (b0 + b) * k;
       const Vec<T>* hidden =
@@ -198,17 +197,9 @@ void BridgeW2Gradient<T>::run(int64_t unit) const {
     multiply<T>({sum, 1, row}, {m, 1, row}, SharedMatrix<T>(source, rows_.source.width, 1), row,
                 p.d_source, users, true);
   }
-  with_storage(out_.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    S* out = static_cast<S*>(out_.data);
-    for (int64_t i = 0; i < p.d_source; ++i) {
-      for (int64_t j = 0; j < width; ++j) {
-        const T* from = reinterpret_cast<const T*>(sum + i * row + j * vectors);
-        S* to = out + (i * p.d_target + j0 + j) * out_.stride[0];
-        for (int64_t h = 0; h < p.hidden; ++h) to[h * out_.stride[1]] = narrow<S>(from[h]);
-      }
-    }
-  });
+  for (int64_t i = 0; i < p.d_source; ++i) {
+    store_sums<T>(sum + i * row, width, p.hidden, out_, i * p.d_target + j0, 0);
+  }
 }
 
 namespace {
@@ -310,16 +301,19 @@ void backward(const BridgeArgs& args) {
         Vec<T>* source = scratch.take(g_most * p.d_source);
         Vec<T>* source_grad = scratch.take(g_most * p.d_source);
         Vec<T>* grad = scratch.take(g_most * k * p.d_target);
+        const BridgeRows<T>* const rows_of_groups[Blocks<T>::kMost] = {&rows, &rows, &rows, &rows};
+        Group places[Blocks<T>::kMost];
         for (int64_t block = begin; block < end; ++block) {
           const int64_t groups = blocks.size(block);
           for (int64_t g = 0; g < groups; ++g) {
             pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
             pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
             pairs.load(grad + g * k * p.d_target, args.grad, blocks.group(block, g));
+            places[g] = blocks.group(block, g);
           }
           bridge_backward(p, args.grad_interests ? interests_grad : nullptr,
-                          args.grad_source ? source_grad : nullptr, grad, interests, source, blocks,
-                          block, rows, scratch);
+                          args.grad_source ? source_grad : nullptr, grad, interests, source, groups,
+                          rows_of_groups, places, scratch);
           for (int64_t g = 0; g < groups; ++g) {
             const Group group = blocks.group(block, g);
             if (args.grad_interests) {
@@ -355,8 +349,8 @@ void interest_bridge_backward(const BridgeArgs& args) {
   template void bridge_forward<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*, \
                                   int64_t, Scratch<T>);                                        \
   template void bridge_backward<T>(const BridgePlan<T>&, Vec<T>*, Vec<T>*, const Vec<T>*,      \
-                                   const Vec<T>*, const Vec<T>*, const Blocks<T>&, int64_t,    \
-                                   BridgeRows<T>&, Scratch<T>);                                \
+                                   const Vec<T>*, const Vec<T>*, int64_t,                      \
+                                   const BridgeRows<T>* const*, const Group*, Scratch<T>);     \
   template void add_bridge_gradients<T>(const BridgePlan<T>&, const BridgeRows<T>&, int64_t,   \
                                         const BridgeGradientViews&, WeightGradients<T>&);
 MIMNET_FAST_INSTANTIATE(float)

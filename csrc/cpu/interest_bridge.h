@@ -78,12 +78,12 @@ struct BridgeRows {
   }
 };
 
-// Gradients of interests and source (null: not wanted) from the gradient of out; fills the rows of
-// the groups starting at block `block`.
+// Gradients of interests and source (null: not wanted) from the gradient of out. Group g leaves its
+// rows in `rows[g]` as those of the users `places[g]`.
 template <class T>
 void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
                      const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,
-                     const Blocks<T>& blocks, int64_t block, BridgeRows<T>& rows,
+                     int64_t groups, const BridgeRows<T>* const* rows, const Group* places,
                      Scratch<T> scratch);
 
 struct BridgeGradientViews {
@@ -102,9 +102,17 @@ class BridgeW2Gradient {
   BridgeW2Gradient(const BridgePlan<T>& p, const BridgeRows<T>& rows, int64_t batch,
                    const View& grad_w2, int64_t threads);
   int64_t units() const { return units_; }
-  void run(int64_t unit) const;
+  // Vectors of scratch that a unit takes at most.
+  static int64_t vectors(const BridgePlan<T>& p) {
+    return (kChunk + p.d_source) * kWidth * padded<T>(p.hidden) / kLanes<T>;
+  }
+  Scratch<T> scratch() const { return Scratch<T>(vectors(plan_)); }
+  void run(int64_t unit, Scratch<T> scratch) const;
 
  private:
+  static constexpr int64_t kChunk = 64;  // users whose M is in the cache at a time
+  static constexpr int64_t kWidth = 4;   // target dimensions in a unit, at most
+
   const BridgePlan<T>& plan_;
   const BridgeRows<T>& rows_;
   int64_t batch_;
@@ -118,8 +126,9 @@ template <class T>
 void run_gradients(const WeightGradients<T>& gradients, const BridgeW2Gradient<T>& w2, int64_t work,
                    const Parallel& parallel) {
   const int64_t first = w2.units(), units = first + gradients.units();
-  parallel.each(units, work / (units + 1),
-                [&](int64_t unit) { unit < first ? w2.run(unit) : gradients.run(unit - first); });
+  parallel.each(units, work / (units + 1), [&](int64_t unit) {
+    unit < first ? w2.run(unit, w2.scratch()) : gradients.run(unit - first);
+  });
 }
 
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA

@@ -181,6 +181,7 @@ MIMNET_FAST_INLINE int64_t padded(int64_t n) {
 // load of a weight; small batches get smaller blocks so that all threads have one.
 template <class T>
 struct Blocks {
+  static constexpr int64_t kMost = 4;  // groups in a block
   int64_t batch;
   int64_t groups;
   int64_t per_block;
@@ -190,7 +191,7 @@ struct Blocks {
   Blocks(int64_t b, int64_t threads, const int64_t* o = nullptr) : batch(b), order(o) {
     groups = (b + kLanes<T> - 1) / kLanes<T>;
     per_block = (groups + threads - 1) / threads;
-    if (per_block > 4) per_block = 4;
+    if (per_block > kMost) per_block = kMost;
     if (per_block < 1) per_block = 1;
     count = (groups + per_block - 1) / per_block;
   }

@@ -1,3 +1,5 @@
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -168,18 +170,136 @@ void history_backward(const Plan<T>& p, const MIMNetArgs& args, Scratch<T> scrat
   store_matrix<T>(s.inputs, args.grad_history, group);
 }
 
+// What the gradients of the parameters need from every user.
+template <class T>
+struct UserRows {
+  BridgeRows<T> bridge;
+  FusionRows<T> fusion;
+  Rows<T> pooled, capsules;  // B*K x D
+
+  UserRows(const Plan<T>& p, int64_t users) : bridge(p.bridge, users), fusion(p.fusion, users) {
+    pooled.allocate(users * p.k, p.d);
+    capsules.allocate(users * p.k, p.d);
+  }
+
+  // All but the gradient of w2.
+  void add(const Plan<T>& p, int64_t users, const MIMNetArgs& args,
+           WeightGradients<T>& gradients) const {
+    gradients.add({pooled.get(), pooled.width, capsules.get(), capsules.width, users * p.k, p.d,
+                   p.d, args.grad_routing_weight});
+    add_bridge_gradients<T>(p.bridge, bridge, users,
+                            {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2}, gradients);
+    fusion.add(p.fusion, users, args.grad_fusion, gradients);
+  }
+};
+
+// The gradients of the parameters, group by group of users: each group's by the thread that has its
+// rows in the cache, then their sum, always in one order. Few parameters are less to exchange
+// between threads than the rows of all users, many are more.
+template <class T>
+class GroupGradients {
+ public:
+  GroupGradients(const Plan<T>& p, const MIMNetArgs& args) {
+    MIMNetArgs wanted = args;
+    for (const View* view : parameters(wanted)) {
+      if (*view) size_ += rows(*view) * padded<T>(columns(*view));
+    }
+    const int64_t of_a_user = p.k * (2 * padded<T>(p.bridge.hidden) + 4 * padded<T>(p.d)) +
+                              10 * padded<T>(p.d) + kLanes<T>;
+    if (2 * size_ > kLanes<T> * of_a_user) return;
+    groups_ = p.blocks.groups;
+    sums_ = Buffer<T>(groups_ * size_);
+  }
+
+  explicit operator bool() const { return groups_ > 0; }
+
+  // Those of the rows of one group.
+  void add(const Plan<T>& p, const MIMNetArgs& args, const UserRows<T>& rows, int64_t group,
+           int64_t users, Scratch<T> scratch) {
+    MIMNetArgs own = args;
+    place(own, sums_.get() + group * size_);
+    WeightGradients<T> gradients;
+    rows.add(p, users, own, gradients);
+    gradients.run_all();
+    const BridgeW2Gradient<T> w2(p.bridge, rows.bridge, users, own.grad_w2, 1);
+    for (int64_t unit = 0; unit < w2.units(); ++unit) w2.run(unit, scratch);
+  }
+
+  void store(const MIMNetArgs& args) {
+    Vec<T>* total = reinterpret_cast<Vec<T>*>(sums_.get());
+    const int64_t vectors = size_ / kLanes<T>;
+    args.execution.parallel(vectors, groups_, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        for (int64_t g = 1; g < groups_; ++g) total[v] += total[g * vectors + v];
+      }
+    });
+    MIMNetArgs wanted = args;
+    for (const View* view : parameters(wanted)) {
+      if (!*view) continue;
+      store_sums<T>(total, rows(*view), columns(*view), *view);
+      total += rows(*view) * padded<T>(columns(*view)) / kLanes<T>;
+    }
+  }
+
+ private:
+  static int64_t rows(const View& view) { return view.dims == 2 ? view.size[0] : 1; }
+  static int64_t columns(const View& view) { return view.size[view.dims - 1]; }
+
+  static std::array<View*, 13> parameters(MIMNetArgs& args) {
+    FusionWeights& f = args.grad_fusion;
+    return {&args.grad_routing_weight,
+            &args.grad_w1,
+            &args.grad_b1,
+            &args.grad_w2,
+            &args.grad_b2,
+            &f.fine.key_weight,
+            &f.fine.value_weight,
+            &f.fine.value_bias,
+            &f.coarse.key_weight,
+            &f.coarse.value_weight,
+            &f.coarse.value_bias,
+            &f.weight,
+            &f.bias};
+  }
+
+  // Makes padded matrices from `to` on of the gradients that are wanted.
+  static void place(MIMNetArgs& args, T* to) {
+    for (View* view : parameters(args)) {
+      if (!*view) continue;
+      view->data = to;
+      view->dtype = LaneTypes<T>::dtype;
+      view->stride[view->dims - 1] = 1;
+      if (view->dims == 2) view->stride[0] = padded<T>(columns(*view));
+      to += rows(*view) * padded<T>(columns(*view));
+    }
+  }
+
+  int64_t size_ = 0, groups_ = 0;
+  Buffer<T> sums_;  // of every group, `size_` each
+};
+
 template <class T>
 void backward(const MIMNetArgs& args) {
   const Plan<T> p(args);
   const int64_t k = p.k, d = p.d, batch = p.batch, most = p.blocks.per_block;
-  BridgeRows<T> bridge_rows(p.bridge, batch);
-  FusionRows<T> fusion_rows(p.fusion, batch);
-  Rows<T> pooled_rows, capsule_rows;
-  pooled_rows.allocate(batch * k, d);
-  capsule_rows.allocate(batch * k, d);
+  GroupGradients<T> by_group(p, args);
+  std::optional<UserRows<T>> all;
+  if (!by_group) all.emplace(p, batch);
   args.execution.parallel(p.blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
+    std::optional<UserRows<T>> of_groups[Blocks<T>::kMost];
+    const UserRows<T>* rows[Blocks<T>::kMost];
+    const BridgeRows<T>* bridge_rows[Blocks<T>::kMost];
+    Group places[Blocks<T>::kMost];  // in the rows
+    for (int64_t g = 0; g < most; ++g) {
+      if (by_group) of_groups[g].emplace(p, kLanes<T>);
+      rows[g] = by_group ? &*of_groups[g] : &*all;
+      bridge_rows[g] = &rows[g]->bridge;
+    }
+    const int64_t gradient_vectors = by_group ? BridgeW2Gradient<T>::vectors(p.bridge) : 0;
     Scratch<T> scratch(most * (5 * k * d + 7 * d) + k * d + RoutingState<T>::vectors(p.routing) +
-                       FusionState<T>::vectors(p.fusion, most) + p.bridge.backward_vectors(most));
+                       FusionState<T>::vectors(p.fusion, most) + p.bridge.backward_vectors(most) +
+                       gradient_vectors);
+    const Scratch<T> gradient_memory(scratch.take(gradient_vectors));
     Vec<T>* capsules = scratch.take(most * k * d);
     Vec<T>* interests = scratch.take(most * k * d);
     Vec<T>* interests_grad = scratch.take(most * k * d);
@@ -199,10 +319,12 @@ void backward(const MIMNetArgs& args) {
       const int64_t groups = p.blocks.size(block);
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = p.blocks.group(block, g);
+        places[g] = by_group ? Group{0, group.users} : group;
         load_matrix<T>(pooled, args.pooled, group);
         apply_routing_weight<T>(p.routing, capsules + g * k * d, pooled);
+        const Rows<T>& to = rows[g]->pooled;
         for (int64_t i = 0; i < k; ++i) {
-          save_rows<T>(pooled_rows.get(), pooled_rows.width, pooled + i * d, d, group, k, i);
+          save_rows<T>(to.get(), to.width, pooled + i * d, d, places[g], k, i);
         }
         for (int64_t i = g * k * d; i < (g + 1) * k * d; ++i) interests[i] = capsules[i];
         for (int64_t i = 0; i < k; ++i) {
@@ -222,18 +344,17 @@ void backward(const MIMNetArgs& args) {
       fuse_backward<T>(p.fusion, fusion, item_grad, prototype_grad, transferred_grad, user_grad,
                        nullptr, transferred, groups);
       bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
-                         transferred_grad, interests, source, p.blocks, block, bridge_rows,
-                         scratch);
+                         transferred_grad, interests, source, groups, bridge_rows, places, scratch);
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = p.blocks.group(block, g);
         Vec<T>* capsule_grad = interests_grad + g * k * d;
+        const Rows<T>& to = rows[g]->capsules;
         for (int64_t i = 0; i < k; ++i) {
           squash_backward_lanes<T>(capsule_grad + i * d, capsules + (g * k + i) * d, d,
                                    p.routing.squash);
-          save_rows<T>(capsule_rows.get(), capsule_rows.width, capsule_grad + i * d, d, group, k,
-                       i);
+          save_rows<T>(to.get(), to.width, capsule_grad + i * d, d, places[g], k, i);
         }
-        fusion_rows.save(p.fusion, fusion, item, prototype, g, group, 1, 0);
+        rows[g]->fusion.save(p.fusion, fusion, item, prototype, g, places[g], 1, 0);
         if (args.grad_item) {
           const Vec<T> grad = load_column<T>(args.grad, group);
           for (int64_t i = g * d; i < (g + 1) * d; ++i) item_grad[i] += grad * fusion.out[i];
@@ -242,16 +363,15 @@ void backward(const MIMNetArgs& args) {
         if (args.grad_prototype) store_rows<T>(prototype_grad + g * d, args.grad_prototype, group);
         if (args.grad_source) store_rows<T>(source_grad + g * d, args.grad_source, group);
         if (args.grad_history) history_backward(p, args, routing_memory, capsule_grad, group);
+        if (by_group)
+          by_group.add(p, args, *rows[g], block * most + g, group.users, gradient_memory);
       }
     }
   });
+  if (by_group) return by_group.store(args);
   WeightGradients<T> gradients;
-  gradients.add({pooled_rows.get(), pooled_rows.width, capsule_rows.get(), capsule_rows.width,
-                 batch * k, d, d, args.grad_routing_weight});
-  add_bridge_gradients<T>(p.bridge, bridge_rows, batch,
-                          {args.grad_w1, args.grad_b1, args.grad_w2, args.grad_b2}, gradients);
-  fusion_rows.add(p.fusion, batch, args.grad_fusion, gradients);
-  const BridgeW2Gradient<T> w2(p.bridge, bridge_rows, batch, args.grad_w2,
+  all->add(p, batch, args, gradients);
+  const BridgeW2Gradient<T> w2(p.bridge, all->bridge, batch, args.grad_w2,
                                args.execution.parallel.threads);
   run_gradients(gradients, w2, p.bridge.work() * batch, args.execution.parallel);
 }

@@ -70,7 +70,7 @@ struct FusionRows {
   }
 
   void save(const FusionPlan<T>& p, const FusionState<T>& s, const Vec<T>* item,
-            const Vec<T>* prototype, int64_t g, Group group, int64_t candidates, int64_t c) {
+            const Vec<T>* prototype, int64_t g, Group group, int64_t candidates, int64_t c) const {
     fine.save(p.fine, s.fine, item, s.fine_grad, g, group, candidates, c);
     coarse.save(p.coarse, s.coarse, prototype, s.coarse_grad, g, group, candidates, c);
     save_rows<T>(gate_logit_grad.get(), gate_logit_grad.width, s.gate_logit_grad + g, 1, group,

@@ -91,7 +91,8 @@ struct AttentionRows {
 
   // Rows of candidate `c` of `candidates` for one group.
   void save(const AttentionPlan<T>& p, const AttentionState<T>& s, const Vec<T>* query_lanes,
-            const Vec<T>* out_grad_lanes, int64_t g, Group group, int64_t candidates, int64_t c) {
+            const Vec<T>* out_grad_lanes, int64_t g, Group group, int64_t candidates,
+            int64_t c) const {
     const int64_t d = p.d;
     save_rows<T>(query.get(), query.width, query_lanes + g * d, d, group, candidates, c);
     save_rows<T>(folded_grad.get(), query.width, s.folded_grad + g * d, d, group, candidates, c);

@@ -15,6 +15,11 @@ int64_t columns_of_units(const OuterProduct<T>& p) {
 }
 
 template <class T>
+int64_t units_of(const OuterProduct<T>& p) {
+  return pieces(p.m, kUnitRows) * columns_of_units(p);
+}
+
+template <class T>
 void run_unit(const OuterProduct<T>& p, int64_t unit) {
   const int64_t m0 = unit / columns_of_units(p) * kUnitRows;
   const int64_t n0 = unit % columns_of_units(p) * kUnitVectors * kLanes<T>;
@@ -41,9 +46,16 @@ void store_sums(const Vec<T>* sums, int64_t m, int64_t n, const View& out, int64
   with_storage(out.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t i = 0; i < m; ++i) {
-      const T* row = reinterpret_cast<const T*>(sums + i * pieces(n, kLanes<T>));
+      const Vec<T>* row = sums + i * pieces(n, kLanes<T>);
       S* to = static_cast<S*>(out.data) + (m0 + i) * row_stride + n0 * column_stride;
-      for (int64_t j = 0; j < n; ++j) to[j * column_stride] = narrow<S>(row[j]);
+      if constexpr (std::is_same_v<S, T>) {
+        if (column_stride == 1) {
+          for (int64_t j = 0; j < n; j += kLanes<T>) store_vector<T>(to + j, *row++, n - j);
+          continue;
+        }
+      }
+      const T* from = reinterpret_cast<const T*>(row);
+      for (int64_t j = 0; j < n; ++j) to[j * column_stride] = narrow<S>(from[j]);
     }
   });
 }
@@ -66,7 +78,7 @@ template <class T>
 int64_t WeightGradients<T>::units() const {
   int64_t total = 0;
   for (int i = 0; i < count_; ++i) {
-    total += pieces(products_[i].m, kUnitRows) * columns_of_units(products_[i]);
+    total += units_of(products_[i]);
   }
   return total;
 }
@@ -74,9 +86,17 @@ int64_t WeightGradients<T>::units() const {
 template <class T>
 void WeightGradients<T>::run(int64_t unit) const {
   for (int i = 0; i < count_; ++i) {
-    const int64_t own = pieces(products_[i].m, kUnitRows) * columns_of_units(products_[i]);
+    const int64_t own = units_of(products_[i]);
     if (unit < own) return run_unit(products_[i], unit);
     unit -= own;
+  }
+}
+
+template <class T>
+void WeightGradients<T>::run_all() const {
+  for (int i = 0; i < count_; ++i) {
+    const int64_t own = units_of(products_[i]);
+    for (int64_t unit = 0; unit < own; ++unit) run_unit(products_[i], unit);
   }
 }
 

@@ -71,6 +71,7 @@ class WeightGradients {
 
   int64_t units() const;
   void run(int64_t unit) const;
+  void run_all() const;
   void run_all(const Parallel& parallel) const;
 
  private:
