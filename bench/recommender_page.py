@@ -222,7 +222,21 @@ def _reading(tasks: dict[str, dict[str, Any]]) -> list[str]:
             f"MIMNet moved and rounded like its hardest rival is {of_mae} against the best "
             "predictor without training.",
         ]
+    ranked = []
+    for name, task in tasks.items():
+        for protocol, found in task.get("rankings", {}).items():
+            first, mimnet = _ranked(found["rows"])[0], _named(_ranked(found["rows"]), MODEL, "mf")
+            values = (_spread(score.honest["ndcg@10"]) for score in (mimnet, first))
+            ranked.append(f"{' against '.join(values)} of {first.title} on {name}, {protocol}")
+    if ranked:
+        lines += ["", f"**Ranking.** MIMNet and the best by NDCG@10: {'; '.join(ranked)}."]
     return ["## In short", "", *lines, ""]
+
+
+def _ranked(rows: list[dict[str, Any]]) -> list[Score]:
+    """Of a ranking, the best first."""
+    scored = [Score.of(row, "mf") for row in rows]
+    return sorted(scored, key=lambda score: -statistics.fmean(score.honest["ndcg@10"]))
 
 
 def _cost(without: Score, whole: Score) -> Iterator[str]:
@@ -437,8 +451,7 @@ def _rankings(tasks: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
     for name, task in tasks.items():
         for protocol, found in task.get("rankings", {}).items():
-            scored = [Score.of(row, "mf") for row in found["rows"]]
-            scored.sort(key=lambda score: -statistics.fmean(score.honest["ndcg@10"]))
+            scored = _ranked(found["rows"])
             place = "" if found["beta"] is None else f", beta {found['beta']}"
             same = ", which test the same users" if found["beta"] is None else ""
             whole = _named(scored, MODEL, "mf")
