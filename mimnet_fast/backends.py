@@ -111,9 +111,12 @@ def _native_problem(device_type: str) -> str | None:
     return _load_status[library] or (_architecture_problem() if device_type == "cuda" else None)
 
 
-@torch.compiler.assume_constant_result
 def _architecture_problem() -> str | None:
     return _compare_architectures()
+
+
+if _load_status["_C_cuda"] is None:  # importing the compiler takes a second
+    _architecture_problem = torch.compiler.assume_constant_result(_architecture_problem)
 
 
 @lru_cache

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy  # type: ignore[import-untyped]  # loads its parts when they are used
 from numpy.typing import NDArray
-from scipy.stats import false_discovery_control, ttest_rel  # type: ignore[import-untyped]
 
 Totals = dict[tuple[str, str], NDArray[np.float64]]
 """By selection and metric: what each user adds to it, ``[O]``."""
@@ -55,7 +55,7 @@ def paired_p(cells: Sequence[Cell], reference: Sequence[Cell], key: tuple[str, s
     if tested.sum() < 2:
         return float("nan")
     left, right = np.sum([(a.totals[key], b.totals[key]) for a, b in pairs], axis=0)[:, tested]
-    return 1.0 if (left == right).all() else float(ttest_rel(left, right).pvalue)
+    return 1.0 if (left == right).all() else float(scipy.stats.ttest_rel(left, right).pvalue)
 
 
 def summarize(cells: Sequence[Cell], reference: str) -> list[dict[str, Any]]:
@@ -94,7 +94,9 @@ def summarize(cells: Sequence[Cell], reference: str) -> list[dict[str, Any]]:
             if key[1] != reference and (key[0], reference) in groups
         }
         found = {key: p for key, p in found.items() if p == p}
-        adjusted = false_discovery_control(list(found.values()), method="by") if found else []
+        adjusted = (
+            scipy.stats.false_discovery_control(list(found.values()), method="by") if found else []
+        )
         for key in rows:
             rows[key][selection][metric] |= {"p": found.get(key), "p_adjusted": None}
         for key, p in zip(found, adjusted, strict=True):

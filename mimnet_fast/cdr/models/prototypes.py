@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -31,6 +30,8 @@ def item_prototypes(
     Raises:
         UserError: fewer items than prototypes.
     """
+    from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # takes a second to import
+
     if not 1 <= count <= len(items):
         raise UserError(
             f"prototypes: got {count} for {len(items)} target items, need at least 1 and at most "
