@@ -273,7 +273,12 @@ def prepare(
     source: Annotated[Path, typer.Option(help="Ratings of the domain whose users are known.")],
     target: Annotated[Path, typer.Option(help="Ratings of the domain to predict.")],
     out: Annotated[Path, typer.Option(help="New folder for the dataset.")],
-    format: Annotated[Format, typer.Option(help="Of both files; auto looks at them.")] = "auto",
+    source_metadata: Annotated[
+        Path | None, typer.Option(help="Categories and brands of the source items, for REMIT.")
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="Of both files of ratings; auto looks at them.")
+    ] = "auto",
     on_error: Annotated[
         OnError, typer.Option(help="What to do at a malformed row: stop, or leave out and list.")
     ] = "raise",
@@ -296,12 +301,15 @@ def prepare(
     A file is a table with the columns user_id, item_id, rating and, optionally, timestamp (.csv,
     .tsv or .parquet), Amazon reviews (JSON lines) or ratings (.csv without a header), or a RecBole
     atomic file (.inter); text also as .gz. User ids are shared by both files, item ids are not.
+    Metadata is a table with the columns item_id and category, brand or both, or Amazon's (an object
+    in each line).
     """
     with _progress(DownloadColumn()) as progress:
         summary = prepare_dataset(
             source,
             target,
             out,
+            source_metadata=source_metadata,
             format=format,
             on_error=on_error,
             duplicates=duplicates,
@@ -322,6 +330,11 @@ def prepare(
         print(f"  of {found['rows']:,} rows; removed: {removed or 'none'}")
         if found["unused_columns"]:
             print(f"  columns not used: {', '.join(found['unused_columns'])}")
+    if metadata := summary["source"].get("metadata"):
+        kinds = ", ".join(
+            f"{count:,} values of {kind}" for kind, count in metadata["values"].items()
+        )
+        print(f"metadata {metadata['file']}: of {metadata['items']:,} source items, {kinds}")
     print(f"{summary['overlap_users']:,} users of both domains; dataset in {out}")
     if (out / "skipped.csv").exists():
         print(f"malformed rows are listed in {out / 'skipped.csv'}")

@@ -2,7 +2,8 @@
 
 The folder holds `dataset.json` (counts, checksums, options), the mapping tables
 `{source,target}_{users,items}.parquet` (row number = index, ids as written) and
-`{source,target}_ratings.parquet` (indices, in the order of the raw file). The O users of both
+`{source,target}_ratings.parquet` (indices, in the order of the raw file), and, where metadata was
+given, `source_metadata.parquet` (item, kind of metadata, value). The O users of both
 domains are the first O rows of both user tables, sorted by id (as numbers when all of these ids are
 64-bit integers), so that index u < O means the same person everywhere.
 """
@@ -25,11 +26,13 @@ import mimnet_fast
 from mimnet_fast.cdr.atomic import atomic_folder, sha256
 from mimnet_fast.cdr.cleaning import Cleaned, Duplicates, clean
 from mimnet_fast.cdr.errors import UserError
+from mimnet_fast.cdr.metadata import KINDS, ItemGroups, read_metadata
 from mimnet_fast.cdr.readers import Format, OnError, RatingTable, read_ratings
 
 FORMAT = "mimnet_fast.dataset"
 FORMAT_VERSION = 1
 DOMAINS = ("source", "target")
+_METADATA = "source_metadata.parquet"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Dataset:
     """Checksum of all tables: two datasets with the same one are the same."""
     info: dict[str, Any]
     """What `dataset.json` says."""
+    source_groups: tuple[ItemGroups, ...] = ()
+    """Categories and brands of the source items, as far as the dataset has them."""
 
     @staticmethod
     def load(folder: Path) -> Dataset:
@@ -112,6 +117,7 @@ class Dataset:
             num_overlap=info["overlap_users"],
             fingerprint=hashlib.sha256(checksums.encode()).hexdigest(),
             info=info,
+            source_groups=_load_groups(folder / _METADATA) if _METADATA in info["tables"] else (),
             **counts,
         )
 
@@ -121,6 +127,7 @@ def prepare(
     target: Path,
     out: Path,
     *,
+    source_metadata: Path | None = None,
     format: Format = "auto",
     on_error: OnError = "raise",
     duplicates: Duplicates = "last",
@@ -137,7 +144,8 @@ def prepare(
         source: Ratings of the domain whose users are known.
         target: Ratings of the domain to predict; user ids are shared with ``source``, item ids not.
         out: A new folder.
-        format: Of both files (see `read_ratings`).
+        source_metadata: Categories and brands of the source items (see `read_metadata`).
+        format: Of both files of ratings (see `read_ratings`).
         on_error: ``"raise"`` or ``"skip"`` malformed rows.
         duplicates: See `clean`, like the minima, which hold within each domain.
         min_user_ratings: Fewest ratings of a user.
@@ -148,7 +156,8 @@ def prepare(
         What `dataset.json` says.
 
     Raises:
-        UserError: unusable files or options, no user in both of them, or ``out`` exists.
+        UserError: unusable files or options, no user in both of them, metadata of no item in them,
+            or ``out`` exists.
     """
     cleaning: dict[str, Any] = {
         "duplicates": duplicates,
@@ -174,6 +183,8 @@ def prepare(
             only_here = users[domain].filter(~users[domain].is_in(overlap.implode()))
             user_ids = pl.concat([overlap, _sort_ids(only_here)])
             info[domain] |= _write_domain(folder, domain, ratings, user_ids)
+        if source_metadata is not None:
+            info["source"]["metadata"] = _write_metadata(folder, source_metadata, progress)
         _write_skipped(folder / "skipped.csv", skipped)
         summary = {
             "format": FORMAT,
@@ -220,12 +231,44 @@ def _write_domain(
     return {f"{kind}s": names.len() for kind, names in ids.items()}
 
 
+def _write_metadata(folder: Path, path: Path, progress: Progress | None) -> dict[str, Any]:
+    """Write the metadata of the items that have ratings; what was found."""
+    items = pl.read_parquet(folder / "source_items.parquet").with_row_index("item")
+    table = read_metadata(path, progress)
+    known = table.join(items, on="item_id").select(pl.col("item").cast(pl.Int64), "kind", "value")
+    if known.is_empty():
+        raise UserError(
+            f"{path}: none of its items (such as {table['item_id'][0]!r}) has ratings among those "
+            f"of the source (such as {items['item_id'][0]!r}): both must name the same items alike"
+        )
+    known.sort("item", "kind", "value").write_parquet(folder / _METADATA)
+    values = {kind: known.filter(kind=kind)["value"].n_unique() for kind in KINDS}
+    return {
+        "file": path.name,
+        "sha256": sha256(path),
+        "items": known["item"].n_unique(),
+        "items_without_ratings": table["item_id"].n_unique() - known["item"].n_unique(),
+        "values": values,
+    }
+
+
 def _write_skipped(path: Path, skipped: dict[str, pl.DataFrame]) -> None:
     rows = pl.concat(
         rows.select(pl.lit(domain).alias("domain"), pl.all()) for domain, rows in skipped.items()
     )
     if not rows.is_empty():
         rows.write_csv(path)
+
+
+def _load_groups(path: Path) -> tuple[ItemGroups, ...]:
+    table = pl.read_parquet(path, glob=False)
+    found = []
+    for kind in KINDS:
+        rows = table.filter(kind=kind)
+        if not rows.is_empty():
+            groups = rows["value"].rank("dense").cast(pl.Int64) - 1
+            found.append(ItemGroups(kind, rows["item"].to_torch(), groups.to_torch()))
+    return tuple(found)
 
 
 def _names(ids: pl.Series) -> pl.Series:

@@ -426,20 +426,23 @@ class BaseModels(Stage1):
             target_users=target_users,
             target_items=target_items,
             user_weights=user_weights,
+            item_groups=self.dataset.source_groups,
         )
         return self._with_prototypes(inputs, model)
 
     def job(self, name: str, phase: PhaseName, generator: torch.Generator) -> Job:
         """See `Stage1.job`."""
         data: Phase = getattr(self.split, phase)
-        if (build := TRAINABLE[name].build) is None:
+        spec = TRAINABLE[name]
+        if (build := spec.build) is None:
             tables = JointTables.of(self.dataset, data)
             joint = self.factorization(name, tables.users, tables.items)
             examples = tables.examples(self.split.train_source, data)
             measured = partial(evaluate, tables.predict(joint), data.evaluation)
             return Job(joint, SquaredError(joint), examples, self.schedule, measured)
         config = self.config
-        model = seeded_module(partial(build, config), config.seed, name)
+        kinds = [len(self.dataset.source_groups)] if spec.takes_metadata else []
+        model = seeded_module(partial(build, config, *kinds), config.seed, name)
         inputs = self.frozen(phase, model)
         decay = BIASED_TRANSFER_DECAY if self.biased else 0.0
         averaging = BIASED_AVERAGING if self.biased and model.averages else 0.0
@@ -476,8 +479,10 @@ class BaseModels(Stage1):
 
     def diagnostics(self, name: str, folder: Path) -> dict[str, Any]:
         """See `Stage1.diagnostics`: a MIMNet as it was kept, at the test users' ratings."""
-        build = TRAINABLE[name].build
-        model = build and seeded_module(partial(build, self.config), self.config.seed, name)
+        spec = TRAINABLE[name]
+        if spec.build is None or spec.takes_metadata:
+            return {}
+        model = seeded_module(partial(spec.build, self.config), self.config.seed, name)
         if not isinstance(model, MIMNet):
             return {}
         model.load_state_dict(checkpoints.load(folder / f"{name}.safetensors")[0])

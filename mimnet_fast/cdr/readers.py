@@ -34,9 +34,9 @@ _COLUMNS = _REQUIRED + _OPTIONAL
 _RECBOLE_TYPES = dict(zip(_COLUMNS, ("token", "token", "float", "float"), strict=True))
 _JSON_FIELDS = dict(zip(_COLUMNS, ("reviewerID", "asin", "overall", "unixReviewTime"), strict=True))
 _ASIN_LENGTH = 10
-_SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
-_JSON_SUFFIXES = (".json", ".jsonl")
-_SUFFIXES = (*_SEPARATORS, *_JSON_SUFFIXES)
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
+JSON_SUFFIXES = (".json", ".jsonl")
+_SUFFIXES = (*SEPARATORS, *JSON_SUFFIXES)
 
 _BLOCK_BYTES = 16 << 20
 _BLOCK_ROWS = 1 << 20
@@ -107,25 +107,26 @@ def read_ratings(
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        if _suffix(path) == ".parquet":
+        if suffix(path) == ".parquet":
             return _collect(path, *_parquet(path, format), on_error)
-        with _opened(path, progress or Progress(disable=True)) as file:
+        with opened(path, progress or Progress(disable=True)) as file:
             return _collect(path, *_text(path, format, file), on_error)
     except (OSError, EOFError, zlib.error, pl.exceptions.PolarsError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
-def _suffix(path: Path) -> str:
+def suffix(path: Path) -> str:
+    """What tells the kind of a file: the ending of its name, without that of gzip."""
     name = path.name.lower().removesuffix(".gz")
     return name[name.rfind(".") :] if "." in name else ""
 
 
 def _unit(path: Path) -> str:
-    return "row" if _suffix(path) == ".parquet" else "line"
+    return "row" if suffix(path) == ".parquet" else "line"
 
 
 @contextmanager
-def _opened(path: Path, progress: Progress) -> Iterator[BinaryIO]:
+def opened(path: Path, progress: Progress) -> Iterator[BinaryIO]:
     """The text of a file; the bar counts bytes on disk."""
     with progress.open(path, "rb", description=f"reading {path.name}") as raw:
         file = cast(BinaryIO, io.BufferedReader(raw, 1 << 20))
@@ -227,10 +228,10 @@ def _text(path: Path, format: Format, file: BinaryIO) -> tuple[_Layout, Iterator
         raise UserError(f"{path}: the file is empty")
     if format == "auto":
         format = _detect(path, block)
-    if format == "amazon" and (_suffix(path) in _JSON_SUFFIXES or block.startswith(b"{")):
+    if format == "amazon" and (suffix(path) in JSON_SUFFIXES or block.startswith(b"{")):
         layout = _Layout("Amazon reviews", _COLUMNS, _JSON_FIELDS)
         return layout, (_parsed_json(lines) for lines in _lines(file, block, first=1))
-    separator = "\t" if format == "recbole" else _SEPARATORS.get(_suffix(path), ",")
+    separator = "\t" if format == "recbole" else SEPARATORS.get(suffix(path), ",")
     first = 1
     if format == "amazon":
         layout = _amazon_ratings(block, separator)
@@ -248,17 +249,17 @@ def _next(file: BinaryIO) -> bytes:
 
 
 def _detect(path: Path, block: bytes) -> Format:
-    suffix = _suffix(path)
-    if suffix in _JSON_SUFFIXES:
+    kind = suffix(path)
+    if kind in JSON_SUFFIXES:
         return "amazon"
-    if suffix == ".inter":
+    if kind == ".inter":
         return "recbole"
-    if suffix not in _SEPARATORS:
+    if kind not in SEPARATORS:
         raise UserError(
             f"{path}: unknown kind of file: name it .parquet or "
             f"{', '.join(_SUFFIXES)} (also .gz), or tell with --format"
         )
-    fields = _fields(block.partition(b"\n")[0], _SEPARATORS[suffix])
+    fields = _fields(block.partition(b"\n")[0], SEPARATORS[kind])
     is_rating = len(fields) == len(_COLUMNS) and all(map(_is_number, fields[2:]))
     return "amazon" if is_rating else "csv"
 

@@ -78,6 +78,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "source": dataset.info["source"]["file"],
         "target": dataset.info["target"]["file"],
         "overlap_users": dataset.num_overlap,
+        "item_metadata": [groups.kind for groups in dataset.source_groups],
     }
 
 
@@ -239,6 +240,7 @@ def provenance(results: dict[str, Any]) -> list[str]:
     """What the numbers come from, as lines of a list."""
     return [
         f"- settings of the last run: {listed({**results['task'], **results['config']})}",
-        f"- dataset {results['dataset']['fingerprint'][:16]}",
+        f"- dataset {results['dataset']['fingerprint'][:16]}, metadata of the source items: "
+        f"{', '.join(results['dataset']['item_metadata']) or 'none'}",
         f"- {listed(results['versions'])}; {results['machine']}",
     ]

@@ -13,6 +13,7 @@ from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings, prepare
 from mimnet_fast.cdr.errors import UserError
 from mimnet_fast.cdr.experiment import run
+from mimnet_fast.cdr.metadata import ItemGroups
 from mimnet_fast.cdr.models import (
     MODELS,
     TRIVIAL,
@@ -177,7 +178,7 @@ def test_neighbours_are_who_liked_the_same(inputs: FrozenInputs) -> None:
             for item in histories[user]
         ]
         expected = torch.stack(of_items).mean(0) if of_items else torch.zeros(10)
-        assert_close(inputs.neighbours[user], expected)
+        assert_close(inputs.neighbours[user, 0], expected)
 
 
 def remit_by_hand(
@@ -186,7 +187,7 @@ def remit_by_hand(
     """Each view's rating and its weight."""
     history = inputs.source_items[inputs.histories[user, : inputs.lengths[user]]]
     target, bridge, moved = inputs.target_items[item], model.bridge, []
-    for view in (inputs.source_users[user], inputs.neighbours[user]):
+    for view in (inputs.source_users[user], *inputs.neighbours[user]):
         pooled = (history @ view).softmax(0) @ history
         hidden = torch.relu(bridge.w1 @ pooled + bridge.b1)
         moved.append(view @ (bridge.w2 @ hidden + bridge.b2).view(10, 10))
@@ -197,8 +198,47 @@ def remit_by_hand(
     return ratings, weights.softmax(0)
 
 
-def test_remit_is_its_equation(inputs: FrozenInputs) -> None:
-    model = seeded_module(lambda: REMIT(10, 16), 1, "remit")
+def with_groups(inputs: FrozenInputs) -> FrozenInputs:
+    """Categories of all items but 0 to 3, two of every third; brands of even items."""
+    items = torch.arange(4, 30)
+    two = items[::3]
+    categories = ItemGroups(
+        "category", torch.cat([items, two]), torch.cat([items % 5, (two + 1) % 5])
+    )
+    brands = ItemGroups("brand", torch.arange(0, 30, 2), torch.arange(15) // 4)
+    return replace(inputs, item_groups=(categories, brands))
+
+
+def test_neighbours_over_groups_are_paths(inputs: FrozenInputs) -> None:
+    """User, item, group, item, user: every step is a mean."""
+    grouped = with_groups(inputs)
+    histories = [row[:n].tolist() for row, n in zip(inputs.histories, inputs.lengths, strict=True)]
+    everybody = {item for history in histories for item in history}
+    fans = {
+        item: torch.stack(
+            [inputs.source_users[u] for u, h in enumerate(histories) for i in h if i == item]
+        ).mean(0)
+        for item in everybody
+    }
+    for view, kind in enumerate(grouped.item_groups, 1):
+        members: dict[int, list[int]] = {}
+        for item, group in zip(kind.items.tolist(), kind.groups.tolist(), strict=True):
+            if item in fans:
+                members.setdefault(group, []).append(item)
+        of_group = {g: torch.stack([fans[i] for i in m]).mean(0) for g, m in members.items()}
+        for user, history in enumerate(histories):
+            of_items = []
+            for item in history:
+                own = [vector for g, vector in of_group.items() if item in members[g]]
+                of_items += [torch.stack(own).mean(0)] if own else []
+            expected = torch.stack(of_items).mean(0) if of_items else torch.zeros(10)
+            assert_close(grouped.neighbours[user, view], expected)
+
+
+@pytest.mark.parametrize("kinds", [0, 2])
+def test_remit_is_its_equation(inputs: FrozenInputs, kinds: int) -> None:
+    inputs = with_groups(inputs) if kinds else inputs
+    model = seeded_module(lambda: REMIT(10, 16, kinds), 1, "remit")
     users, items, values = torch.arange(9), torch.arange(9) * 3, torch.arange(9) / 2
     by_hand = [remit_by_hand(model, inputs, user, 3 * user) for user in range(9)]
     ratings, weights = (torch.stack(column) for column in zip(*by_hand, strict=True))

@@ -56,12 +56,14 @@ class ModelSpec:
     title: str
     source: str
     """Where the model is published."""
-    build: Callable[[Config], TransferModel] | None = None
-    """Makes the model of stage 2."""
+    build: Callable[..., TransferModel] | None = None
+    """Makes the model of stage 2 from a `Config`, and, where it takes metadata, the number of its
+    kinds."""
     settings: tuple[str, ...] = ()
     """Fields of `Config` that stage 2 depends on, beside those of the base models."""
     base: Literal["target", "joint"] = "target"
     """Without a stage 2: the target base model itself, or a base model of both domains."""
+    takes_metadata: bool = False
     only_on: Base | None = None
     """The one base model that has what an ablation leaves out."""
 
@@ -103,8 +105,8 @@ def _lacdr(config: Config) -> TransferModel:
     return LACDR(config.features)
 
 
-def _remit(config: Config) -> TransferModel:
-    return REMIT(config.features, config.hidden, backend=config.backend)
+def _remit(config: Config, kinds: int) -> TransferModel:
+    return REMIT(config.features, config.hidden, kinds, backend=config.backend)
 
 
 def _sscdr(config: Config) -> TransferModel:
@@ -131,7 +133,9 @@ MODELS: dict[str, ModelSpec] = {
     "ptupcdr": ModelSpec(
         "PTUPCDR", "Zhu et al., WSDM 2022, arXiv 2110.11154", _ptupcdr, _BRIDGE_SETTINGS
     ),
-    "remit": ModelSpec("REMIT (no metadata)", "Sun et al., AAAI 2023", _remit, _BRIDGE_SETTINGS),
+    "remit": ModelSpec(
+        "REMIT", "Sun et al., AAAI 2023", _remit, _BRIDGE_SETTINGS, takes_metadata=True
+    ),
     "emcdr": ModelSpec("EMCDR", "Man et al., IJCAI 2017", _emcdr, (*_SETTINGS, "mapping")),
     "sscdr": ModelSpec(
         "SSCDR", "Kang et al., CIKM 2019", _sscdr, (*_SETTINGS, "history_length", "mapping")

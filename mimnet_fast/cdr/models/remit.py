@@ -10,41 +10,43 @@ from torch.nn.functional import embedding
 from mimnet_fast import nn
 from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel, weighted_squared_error
 
-VIEWS = 2
-
 
 class REMIT(TransferModel):
-    """Reinforced multi-interest transfer (Sun et al., AAAI 2023) without item metadata.
+    """Reinforced multi-interest transfer (Sun et al., AAAI 2023).
 
     ::
 
         q_1 = source_user;  q_2 = what users of the liked items have in common (user-item-user)
+        q_3, q_4 = the same over items of the same category, of the same brand, with metadata
         p_m = attention of q_m over the history;  t_m = q_m reshape(meta(p_m))
-        pi = softmax(policy([item, t_1, t_2, t_1 . item, t_2 . item]))
+        pi = softmax(policy([item, t_1, .., t_M, t_1 . item, .., t_M . item]))
         rating = sum_m pi_m (t_m . item)
 
     The bridges learn from the squared error with ``pi`` held fixed; the policy learns by REINFORCE:
     a view m is drawn from ``pi`` for each rating, and its reward is by how much the squared error
     of ``t_m . item`` is below that of the plain mean of the views.
 
-    Deviations. The views over categories and brands need metadata and are left out. How the public
-    code trained its views is not published: ``q_2`` is the mean over the liked items of the mean
-    embedding of the users who liked them. There, no gradient reaches the policy, its state holds a
+    Deviations. How the public code trained its views is not published: here they are means, see
+    `FrozenInputs.neighbours`. There, no gradient reaches the policy, its state holds a
     target user looked up by an item's id, and the reward is that of the whole batch; bridges and
     policy take turns with a replay of an epoch, after an epoch with equal weights.
 
     Args:
         features: D, of the stage-1 embeddings.
         hidden: Hidden units of the meta network.
+        kinds: Kinds of item metadata, each of which is one more view.
         backend: See `mimnet_fast.backends`.
     """
 
-    def __init__(self, features: int, hidden: int, *, backend: str | None = None) -> None:
+    def __init__(
+        self, features: int, hidden: int, kinds: int = 0, *, backend: str | None = None
+    ) -> None:
         super().__init__()
         self.attention = nn.TargetAttention(features, projections=False, backend=backend)
         self.bridge = nn.InterestBridge(features, features, features, hidden, backend=backend)
-        state = features + VIEWS * (features + 1)
-        self.policy = Sequential(Linear(state, state // 2), ReLU(), Linear(state // 2, VIEWS))
+        views = 2 + kinds
+        state = features + views * (features + 1)
+        self.policy = Sequential(Linear(state, state // 2), ReLU(), Linear(state // 2, views))
 
     def forward(
         self,
@@ -58,10 +60,11 @@ class REMIT(TransferModel):
         return (ratings * log_weights.exp()).sum(-1)
 
     def views(self, inputs: FrozenInputs, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """What each view rates ``[B, 2]``, and the logarithm of its weight ``[B, 2]``."""
+        """What each of M views rates ``[B, M]``, and the logarithm of its weight ``[B, M]``."""
         ids, lengths = inputs.histories[users], inputs.lengths[users]
         history = embedding(ids, inputs.source_items)
-        interests = torch.stack([inputs.source_users[users], inputs.neighbours[users]], 1)
+        own = inputs.source_users[users].unsqueeze(1)
+        interests = torch.cat([own, inputs.neighbours[users]], 1)
         real = torch.arange(ids.shape[1]) < lengths[:, None]
         pooled = self.attention(interests, history, capsule_mask=real)
         transferred = self.bridge(pooled, interests)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import mse_loss
 
+from mimnet_fast.cdr.metadata import ItemGroups
 from mimnet_fast.cdr.protocol import Phase
 
 
@@ -36,21 +37,45 @@ class FrozenInputs:
     """``[target items, D]``, for models that use them: the prototype of each target item."""
     user_weights: Tensor | None = None
     """What an error of each user counts in training, ``[O]``; 1 where nothing is given."""
+    item_groups: tuple[ItemGroups, ...] = ()
+    """G kinds of metadata of the source items."""
 
     @cached_property
     def neighbours(self) -> Tensor:
-        """User-item-user, ``[O, D]``: the mean over a history of the mean user who liked the item.
+        """Users who are near over one kind of path after another, ``[O, 1 + G, D]``.
 
-        Users are those of both domains, each counted in too; zeros for an empty history.
+        User-item-user is the mean over a history of the mean user who liked the item;
+        user-item-group-item-user that of the mean over the item's groups of the mean such user over
+        the group's items that anybody liked. Users are those of both domains, each counted in too.
+        Items without a group are left out; zeros where nothing is left.
         """
         users = self.source_users[: len(self.lengths)]
         rows = users.repeat_interleave(self.lengths, 0)
         real = torch.arange(self.histories.shape[1]) < self.lengths[:, None]
         liked = self.histories[real]
-        counts = torch.bincount(liked, minlength=len(self.source_items)).clamp_min(1)
-        items = torch.zeros_like(self.source_items).index_add_(0, liked, rows) / counts[:, None]
-        sums = torch.where(real.unsqueeze(-1), items[self.histories], 0).sum(1)
-        return sums / self.lengths.clamp_min(1)[:, None]
+        items, counts = _means(liked, rows, len(self.source_items))
+        views = [self._pooled(items, counts > 0)]
+        for group in self.item_groups:
+            known = counts[group.items] > 0
+            members, groups = group.items[known], group.groups[known]
+            by_group, _ = _means(groups, items[members], int(group.groups.max()) + 1)
+            by_item, has_group = _means(members, by_group[groups], len(items))
+            views.append(self._pooled(by_item, has_group > 0))
+        return torch.stack(views, 1)
+
+    def _pooled(self, items: Tensor, counted: Tensor) -> Tensor:
+        """The mean over every history of the rows that count."""
+        real = torch.arange(self.histories.shape[1]) < self.lengths[:, None]
+        share = (real & counted[self.histories]).to(items.dtype)
+        sums = (share.unsqueeze(-1) * items[self.histories]).sum(1)
+        return sums / share.sum(1, keepdim=True).clamp_min(1)
+
+
+def _means(index: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The mean of the rows of each index ``[size, D]``, zeros without one, and their count."""
+    counts = torch.bincount(index, minlength=size)
+    sums = rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
+    return sums / counts.clamp_min(1)[:, None], counts
 
 
 class TransferModel(Module):
