@@ -105,7 +105,7 @@ def _lacdr(config: Config) -> TransferModel:
     return LACDR(config.features)
 
 
-def _remit(config: Config, kinds: int) -> TransferModel:
+def _remit(config: Config, kinds: int = 0) -> TransferModel:
     return REMIT(config.features, config.hidden, kinds, backend=config.backend)
 
 
