@@ -233,8 +233,8 @@ def trusts_native(backend: str | None, like: Any, tensors: Iterable[Any]) -> boo
     """
     return (
         (_default if backend is None else backend) in ("auto", "native")
-        and all(tensor is None or type(tensor) is Tensor for tensor in (like, *tensors))
-        and like is not None
+        and type(like) is Tensor
+        and all(tensor is None or type(tensor) is Tensor for tensor in tensors)
         and _watched is None
         and not torch.compiler.is_compiling()
         and _problem("native", like.device.type, like.dtype) is None

@@ -479,10 +479,8 @@ class BaseModels(Stage1):
 
     def diagnostics(self, name: str, folder: Path) -> dict[str, Any]:
         """See `Stage1.diagnostics`: a MIMNet as it was kept, at the test users' ratings."""
-        spec = TRAINABLE[name]
-        if spec.build is None or spec.takes_metadata:
-            return {}
-        model = seeded_module(partial(spec.build, self.config), self.config.seed, name)
+        build = TRAINABLE[name].build
+        model = build and seeded_module(partial(build, self.config), self.config.seed, name)
         if not isinstance(model, MIMNet):
             return {}
         model.load_state_dict(checkpoints.load(folder / f"{name}.safetensors")[0])
