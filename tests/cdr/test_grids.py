@@ -3,18 +3,15 @@
 import csv
 import json
 import math
-import multiprocessing
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.progress import Progress
 from scipy import stats
 
@@ -30,7 +27,7 @@ from mimnet_fast.cdr.protocol import split
 from mimnet_fast.cdr.significance import Cell, paired_p, summarize
 from mimnet_fast.cdr.studies import sweep_variants
 
-from .killing import KilledError, KillingProgress
+from .killing import KilledError, KillingProgress, check_killed_at_random
 
 QUIET = Progress(disable=True)
 CONFIG = Config(
@@ -266,8 +263,7 @@ def test_an_interrupted_grid_goes_on_to_the_same_bits(
     assert numbers(tmp_path) == numbers(finished)
 
 
-def _grid_in_a_process(prepared: Path, out: Path) -> None:
-    torch.set_num_threads(1)
+def _small_grid(prepared: Path, out: Path) -> None:
     reports.PLOTS = False
     small = plan("mimnet", "tgt", betas=(0.25,))
     run_grid(Dataset.load(prepared), CONFIG, small, out, QUIET)
@@ -275,37 +271,7 @@ def _grid_in_a_process(prepared: Path, out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_grid_killed_at_random_goes_on_to_the_same_bits(prepared: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")  # imports once, for all processes
-    context.set_forkserver_preload(["mimnet_fast.cdr.grids", "sklearn.cluster", "scipy.stats"])
-
-    def start(out: Path) -> Any:
-        process = context.Process(target=_grid_in_a_process, args=(prepared, out))
-        process.start()
-        return process
-
-    def finish(out: Path) -> float:
-        begin = time.perf_counter()
-        process = start(out)
-        process.join(120)
-        assert process.exitcode == 0
-        return time.perf_counter() - begin
-
-    finish(tmp_path / "warm")
-    whole = finish(tmp_path / "undisturbed")
-    expected = numbers(tmp_path / "undisturbed")
-    generator = random.Random(20)
-    unfinished = 0
-    for number in range(20):
-        out = tmp_path / str(number)
-        process = start(out)
-        # Spread over most of the run, and at a random point of each part.
-        process.join(0.8 * whole * (number + generator.random()) / 20)
-        process.kill()
-        process.join()
-        unfinished += process.exitcode != 0
-        finish(out)
-        assert numbers(out) == expected
-    assert unfinished >= 15, "too few were killed before they ended"
+    check_killed_at_random(partial(_small_grid, prepared), numbers, tmp_path)
 
 
 def cell(seed: int, name: str, totals: list[float], tested: list[bool]) -> Cell:

@@ -28,7 +28,7 @@ from mimnet_fast.cdr.training import (
     training_step,
 )
 
-from .killing import KilledError, KillingProgress
+from .killing import KilledError, KillingProgress, check_killed_at_random
 
 QUIET = Progress(disable=True)
 
@@ -67,6 +67,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         run(dataset, config, MODELS, tmp_path, KillingProgress(updates))
     run(dataset, config, MODELS, tmp_path, QUIET)
     assert files(tmp_path) == files(expected)
+
+
+def _small_run(prepared: Path, config: Config, out: Path) -> None:
+    run(Dataset.load(prepared), config, ("mimnet",), out, QUIET)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_goes_on_to_the_same_bits(
+    prepared: Path, finished: tuple[Path, Config], tmp_path: Path
+) -> None:
+    # Epochs enough to take longer than what surrounds them.
+    config = replace(finished[1], base_epochs=20, epochs=40)
+    check_killed_at_random(partial(_small_run, prepared, config), files, tmp_path)
 
 
 def test_models_added_later_share_the_base_models(
