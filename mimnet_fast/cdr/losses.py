@@ -109,13 +109,16 @@ def _mimnet_steps(
 ) -> Steps:
     inputs, parameters = loss.inputs, model.weights()
     flat = parameters.flat()
+    at_once = 256  # their routing logits take 20 MB at the published sizes
+    drawn = torch.empty(at_once * schedule.batch_size, *model.evaluation_logits.shape[1:])
 
     def take(columns: tuple[Tensor, ...], before: int) -> Tensor:
         users, items, ratings = columns
         assert inputs.item_prototypes is not None
         pairs = [_moments(optimizer, parameter) for parameter in flat]
-        # Drawn batch by batch, as step by step.
-        sizes = [len(batch) for batch in users.split(schedule.batch_size)]
+        first_logits = drawn[: len(users)]
+        for batch in first_logits.split(schedule.batch_size):  # as step by step
+            model.logits(len(batch), loss.generator, out=batch)
         losses = ops.mimnet_adam_(
             parameters,
             (
@@ -131,7 +134,7 @@ def _mimnet_steps(
             inputs.source_users,
             inputs.target_items,
             inputs.item_prototypes,
-            torch.cat([model.logits(size, loss.generator) for size in sizes]),
+            first_logits,
             batch_size=schedule.batch_size,
             weights=inputs.user_weights,
             average=ops.MIMNetParameters.of([averages[p] for p in flat]) if averages else None,
@@ -146,8 +149,7 @@ def _mimnet_steps(
         _count(optimizer, flat, len(losses))
         return losses
 
-    # Their routing logits take 20 MB at the published sizes.
-    return Steps(256, take)
+    return Steps(at_once, take)
 
 
 def _moments(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:

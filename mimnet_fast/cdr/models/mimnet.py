@@ -123,9 +123,11 @@ class MIMNet(TransferModel):
         """Item ids ``[B, L]``, lengths ``[B]`` and the item table, for `ops.mimnet_forward`."""
         return inputs.histories[users], inputs.lengths[users], inputs.source_items
 
-    def logits(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        """First routing logits, ``[B, K, L]`` or ``[1, K, L]``."""
+    def logits(
+        self, batch: int, generator: torch.Generator | None, out: Tensor | None = None
+    ) -> Tensor:
+        """First routing logits, ``[B, K, L]`` or ``[1, K, L]``, drawn into ``out`` if given."""
         fixed = self.evaluation_logits
         if generator is None:
             return fixed
-        return torch.randn(batch, *fixed.shape[1:], generator=generator)
+        return torch.randn(batch, *fixed.shape[1:], generator=generator, out=out)
