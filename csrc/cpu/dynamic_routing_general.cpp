@@ -76,18 +76,9 @@ void softmax_gradient(const RoutingPlan<T>& p, const RoutingLogits<T>& s, Vec<T>
                       int64_t begin, int64_t end) {
   const int64_t k = p.capsules, length = p.length;
   const bool fill = p.padding == Padding::fill_before;
-  // c_i (g_i - sum_j c_j g_j), along one row or column. Where one coupling is nearly 1 its gradient
-  // is the difference of nearly equal numbers, unless all are measured from that of the largest.
   const auto slice = [&](const Vec<T>* c, Vec<T>* g, int64_t count, int64_t stride) {
-    Vec<T> largest = c[0], base = g[0], mean{};
-    for (int64_t i = stride; i < count * stride; i += stride) {
-      base = select(c[i] > largest, g[i], base);
-      largest = maximum(c[i], largest);
-    }
-    for (int64_t i = 0; i < count * stride; i += stride) mean += c[i] * (g[i] - base);
-    for (int64_t i = 0; i < count * stride; i += stride) {
-      g[i] = c[i] * (g[i] - base - mean) * p.inverse_temperature;
-    }
+    subtract_mean<T>(g, c, count, stride);
+    for (int64_t i = 0; i < count * stride; i += stride) g[i] *= c[i] * p.inverse_temperature;
   };
   // The mask multiplies couplings after the softmax, or replaces logits before it.
   const auto mask = [&] {

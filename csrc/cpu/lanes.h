@@ -542,6 +542,24 @@ void save_rows(T* buffer, int64_t width, const Vec<T>* lanes, int64_t count, Gro
   }
 }
 
+// The first step of a softmax's gradient c_i (g_i - sum_j c_j g_j): g less its mean. All are first
+// measured from that of the largest c: where this is nearly 1 the rest is a difference of nearly
+// equal numbers, and what all have in common would meet the rounding of sum_j c_j.
+template <class T>
+MIMNET_FAST_INLINE void subtract_mean(Vec<T>* g, const Vec<T>* c, int64_t count,
+                                      int64_t stride = 1) {
+  Vec<T> largest = c[0], base = g[0], mean{};
+  for (int64_t i = stride; i < count * stride; i += stride) {
+    base = select(c[i] > largest, g[i], base);
+    largest = maximum(c[i], largest);
+  }
+  for (int64_t i = 0; i < count * stride; i += stride) {
+    g[i] -= base;
+    mean += c[i] * g[i];
+  }
+  for (int64_t i = 0; i < count * stride; i += stride) g[i] -= mean;
+}
+
 // squash(x) in place for one vector of `count` lanes.
 template <class T>
 MIMNET_FAST_INLINE void squash_lanes(Vec<T>* x, int64_t count, const Squash& squash) {

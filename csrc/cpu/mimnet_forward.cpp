@@ -144,6 +144,7 @@ void forward(const MIMNetArgs& args) {
       }
       bridge_forward<T>(p.bridge, transferred, interests, source, groups, scratch);
       fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
+      fuse_values<T>(p.fusion, fusion, groups);
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = p.blocks.group(block, g);
         Vec<T> rating{};
@@ -341,8 +342,10 @@ void backward(const MIMNetArgs& args) {
         for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
       }
       for (int64_t i = 0; i < groups * k * d; ++i) transferred_grad[i] = Vec<T>{};
-      fuse_backward<T>(p.fusion, fusion, item_grad, prototype_grad, transferred_grad, user_grad,
+      fuse_backward<T>(p.fusion, fusion, args.grad_item ? item_grad : nullptr,
+                       args.grad_prototype ? prototype_grad : nullptr, transferred_grad, user_grad,
                        nullptr, transferred, groups);
+      if (args.grad_item) fuse_values<T>(p.fusion, fusion, groups);
       bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
                          transferred_grad, interests, source, groups, bridge_rows, places, scratch);
       for (int64_t g = 0; g < groups; ++g) {

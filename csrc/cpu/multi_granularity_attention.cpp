@@ -15,39 +15,69 @@ void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const V
     for (int64_t i = 0; i < d; ++i) {
       logit += p.weight[i] * item[g * d + i] + p.weight[d + i] * prototype[g * d + i];
     }
-    const Vec<T> gate = sigmoid<T>(logit);
-    s.gate[g] = gate;
+    s.gate[g] = sigmoid<T>(logit);
+  }
+}
+
+template <class T>
+void fuse_values(const FusionPlan<T>& p, FusionState<T>& s, int64_t groups) {
+  const int64_t d = p.fine.d;
+  attend_values<T>(p.fine, s.fine, groups);
+  attend_values<T>(p.coarse, s.coarse, groups);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Vec<T> gate = s.gate[g];
     for (int64_t i = g * d; i < (g + 1) * d; ++i) {
       s.out[i] = (T(1) - gate) * s.fine.out[i] + gate * s.coarse.out[i];
     }
   }
 }
 
+namespace {
+
+// The part of a target's gradient that comes from the gate.
+template <class T>
+void add_gate_gradient(const FusionState<T>& s, Vec<T>* grad, const T* weight, int64_t d,
+                       int64_t groups) {
+  if (grad == nullptr) return;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < d; ++i) grad[g * d + i] += weight[i] * s.gate_logit_grad[g];
+  }
+}
+
+}  // namespace
+
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
                    Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
                    const Vec<T>* gate_grad, const Vec<T>* interests, int64_t groups) {
   const int64_t d = p.fine.d;
+  attend_values_backward<T>(p.fine, s.fine, out_grad, groups);
+  attend_values_backward<T>(p.coarse, s.coarse, out_grad, groups);
   for (int64_t g = 0; g < groups; ++g) {
     const Vec<T> gate = s.gate[g];
+    // out_grad . (coarse out - fine out), on the side of the pooled interests
     Vec<T> grad = gate_grad == nullptr ? Vec<T>{} : gate_grad[g];
     for (int64_t i = g * d; i < (g + 1) * d; ++i) {
-      grad += out_grad[i] * (s.coarse.out[i] - s.fine.out[i]);
+      grad += s.coarse.pooled_grad[i] * s.coarse.pooled[i];
+      grad -= s.fine.pooled_grad[i] * s.fine.pooled[i];
+      s.fine.pooled_grad[i] *= T(1) - gate;
+      s.coarse.pooled_grad[i] *= gate;
       s.fine_grad[i] = (T(1) - gate) * out_grad[i];
       s.coarse_grad[i] = gate * out_grad[i];
     }
+    if (p.coarse.value_bias != nullptr) {
+      for (int64_t i = 0; i < d; ++i) grad += out_grad[g * d + i] * p.coarse.value_bias[i];
+    }
+    if (p.fine.value_bias != nullptr) {
+      for (int64_t i = 0; i < d; ++i) grad -= out_grad[g * d + i] * p.fine.value_bias[i];
+    }
     s.gate_logit_grad[g] = grad * gate * (T(1) - gate);
   }
-  attend_backward<T>(p.fine, s.fine, item_grad, interests_grad, s.fine_grad, nullptr, interests,
+  attend_backward<T>(p.fine, s.fine, item_grad, interests_grad, nullptr, interests, groups);
+  attend_backward<T>(p.coarse, s.coarse, prototype_grad, interests_grad, nullptr, interests,
                      groups);
-  attend_backward<T>(p.coarse, s.coarse, prototype_grad, interests_grad, s.coarse_grad, nullptr,
-                     interests, groups);
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t i = 0; i < d; ++i) {
-      item_grad[g * d + i] += p.weight[i] * s.gate_logit_grad[g];
-      prototype_grad[g * d + i] += p.weight[d + i] * s.gate_logit_grad[g];
-    }
-  }
+  add_gate_gradient<T>(s, item_grad, p.weight, d, groups);
+  add_gate_gradient<T>(s, prototype_grad, p.weight + d, d, groups);
 }
 
 namespace {
@@ -76,6 +106,7 @@ void forward(const MultiGranularityArgs& args) {
           load_rows<T>(prototype + g * d, args.prototype, blocks.group(block, g), c);
         }
         fuse<T>(p, s, item, prototype, interests, groups);
+        fuse_values<T>(p, s, groups);
         for (int64_t g = 0; g < groups; ++g) {
           store_rows<T>(s.out + g * d, args.out, blocks.group(block, g), c);
           store_column<T>(s.gate[g], args.gate, blocks.group(block, g), c);
@@ -119,7 +150,8 @@ void backward(const MultiGranularityArgs& args) {
           if (args.grad_gate) gate_grad[g] = load_column<T>(args.grad_gate, group, c);
         }
         fuse<T>(p, s, item, prototype, interests, groups);
-        fuse_backward<T>(p, s, item_grad, prototype_grad, interests_grad, out_grad,
+        fuse_backward<T>(p, s, args.grad_item ? item_grad : nullptr,
+                         args.grad_prototype ? prototype_grad : nullptr, interests_grad, out_grad,
                          args.grad_gate ? gate_grad : nullptr, interests, groups);
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
@@ -154,6 +186,7 @@ void multi_granularity_attention_backward(const MultiGranularityArgs& args) {
 #define MIMNET_FAST_INSTANTIATE(T)                                                                 \
   template void fuse<T>(const FusionPlan<T>&, FusionState<T>&, const Vec<T>*, const Vec<T>*,       \
                         const Vec<T>*, int64_t);                                                   \
+  template void fuse_values<T>(const FusionPlan<T>&, FusionState<T>&, int64_t);                    \
   template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*, Vec<T>*, \
                                  const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)

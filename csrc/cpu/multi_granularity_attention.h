@@ -48,12 +48,17 @@ struct FusionState {
         coarse_grad(scratch.take(groups * p.fine.d)) {}
 };
 
-// Fills gate and out of the state.
+// Fills the gate, and of both attentions what `attend` does.
 template <class T>
 void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const Vec<T>* prototype,
           const Vec<T>* interests, int64_t groups);
 
-// After `fuse`: sets item_grad and prototype_grad, adds to interests_grad. gate_grad may be null.
+// After `fuse`: fills out, which gradients do not need.
+template <class T>
+void fuse_values(const FusionPlan<T>& p, FusionState<T>& s, int64_t groups);
+
+// After `fuse`: sets item_grad and prototype_grad, unless null, and adds to interests_grad.
+// gate_grad may be null.
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
                    Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,

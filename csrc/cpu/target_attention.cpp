@@ -63,6 +63,11 @@ void attend(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* query
     multiply<T>({s.pooled + g * d, d, 1}, {s.coefficients + g * k, k, 1},
                 ConstLaneMatrix<T>{u, d, 1}, 1, d, k, false);
   }
+}
+
+template <class T>
+void attend_values(const AttentionPlan<T>& p, AttentionState<T>& s, int64_t groups) {
+  const int64_t k = p.interests, d = p.d;
   if (p.value_weight == nullptr) {
     for (int64_t i = 0; i < groups * d; ++i) s.out[i] = s.pooled[i];
     return;
@@ -79,16 +84,22 @@ void attend(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* query
 }
 
 template <class T>
-void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
-                     Vec<T>* interests_grad, const Vec<T>* out_grad,
-                     const Vec<T>* coefficients_grad, const Vec<T>* interests, int64_t groups) {
-  const int64_t k = p.interests, d = p.d;
+void attend_values_backward(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* out_grad,
+                            int64_t groups) {
+  const int64_t d = p.d;
   if (p.value_weight != nullptr) {
     multiply<T>({s.pooled_grad, d, 1}, {out_grad, d, 1}, SharedMatrix<T>(p.value_weight, d, 1),
                 groups, d, d, false);
   } else {
     for (int64_t i = 0; i < groups * d; ++i) s.pooled_grad[i] = out_grad[i];
   }
+}
+
+template <class T>
+void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
+                     Vec<T>* interests_grad, const Vec<T>* coefficients_grad,
+                     const Vec<T>* interests, int64_t groups) {
+  const int64_t k = p.interests, d = p.d;
   for (int64_t g = 0; g < groups; ++g) {
     const Vec<T>* u = interests + g * k * d;
     const Vec<T>* a = s.coefficients + g * k;
@@ -98,14 +109,13 @@ void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* qu
     }
     multiply<T>({grad, k, 1}, {s.pooled_grad + g * d, d, 1}, ConstLaneMatrix<T>{u, 1, d}, 1, k, d,
                 coefficients_grad != nullptr);
-    Vec<T> mean{};
-    for (int64_t i = 0; i < k; ++i) mean += a[i] * grad[i];
+    subtract_mean<T>(grad, a, k);
     for (int64_t i = 0; i < k; ++i) {
       Vec<T> slope = splat(p.hard ? T(0) : p.scale);
       if (p.power != 1) {
         slope *= T(p.power) * to_the_power<T>(s.scores[g * k + i], p.power - 1);
       }
-      grad[i] = a[i] * (grad[i] - mean) * slope;
+      grad[i] *= a[i] * slope;
     }
     multiply<T>({s.folded_grad + g * d, d, 1}, {grad, k, 1}, ConstLaneMatrix<T>{u, d, 1}, 1, d, k,
                 false);
@@ -116,6 +126,7 @@ void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* qu
       }
     }
   }
+  if (query_grad == nullptr) return;
   if (p.key_weight != nullptr) {
     multiply<T>({query_grad, d, 1}, {s.folded_grad, d, 1}, SharedMatrix<T>(p.key_weight, 1, d),
                 groups, d, d, false);
@@ -164,6 +175,7 @@ void forward(const AttentionArgs& args) {
           load_rows<T>(query + g * d, args.query, blocks.group(block, g), c);
         }
         attend<T>(p, s, query, interests, args.capsule_mask ? present : nullptr, groups);
+        attend_values<T>(p, s, groups);
         for (int64_t g = 0; g < groups; ++g) {
           store_rows<T>(s.out + g * d, args.out, blocks.group(block, g), c);
           store_rows<T>(s.coefficients + g * k, args.coefficients, blocks.group(block, g), c);
@@ -211,7 +223,8 @@ void backward(const AttentionArgs& args) {
         }
         attend<T>(p, s, query, interests, args.capsule_mask ? present : nullptr, groups);
         if (args.capsule_mask) clear_where_all_absent<T>(p, out_grad, present, groups);
-        attend_backward<T>(p, s, query_grad, interests_grad, out_grad,
+        attend_values_backward<T>(p, s, out_grad, groups);
+        attend_backward<T>(p, s, args.grad_query ? query_grad : nullptr, interests_grad,
                            args.grad_coefficients ? coefficients_grad : nullptr, interests, groups);
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
@@ -243,8 +256,11 @@ void target_attention_backward(const AttentionArgs& args) {
 #define MIMNET_FAST_INSTANTIATE(T)                                                                \
   template void attend<T>(const AttentionPlan<T>&, AttentionState<T>&, const Vec<T>*,             \
                           const Vec<T>*, const Vec<T>*, int64_t);                                 \
+  template void attend_values<T>(const AttentionPlan<T>&, AttentionState<T>&, int64_t);           \
+  template void attend_values_backward<T>(const AttentionPlan<T>&, AttentionState<T>&,            \
+                                          const Vec<T>*, int64_t);                                \
   template void attend_backward<T>(const AttentionPlan<T>&, AttentionState<T>&, Vec<T>*, Vec<T>*, \
-                                   const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
+                                   const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -66,16 +66,26 @@ struct AttentionState {
         folded_grad(scratch.take(groups * p.d)) {}
 };
 
-// Fills folded .. out of the state. `present` (1 or 0 per interest) may be null.
+// Fills folded, scores, coefficients and pooled. `present` (1 or 0 per interest) may be null.
 template <class T>
 void attend(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* query,
             const Vec<T>* interests, const Vec<T>* present, int64_t groups);
 
-// After `attend`: sets query_grad and adds to interests_grad. coefficients_grad may be null.
+// After `attend`: fills out, which gradients do not need.
+template <class T>
+void attend_values(const AttentionPlan<T>& p, AttentionState<T>& s, int64_t groups);
+
+// Fills pooled_grad.
+template <class T>
+void attend_values_backward(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* out_grad,
+                            int64_t groups);
+
+// After `attend` and `attend_values_backward`: sets query_grad, unless null, and adds to
+// interests_grad. coefficients_grad may be null.
 template <class T>
 void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
-                     Vec<T>* interests_grad, const Vec<T>* out_grad,
-                     const Vec<T>* coefficients_grad, const Vec<T>* interests, int64_t groups);
+                     Vec<T>* interests_grad, const Vec<T>* coefficients_grad,
+                     const Vec<T>* interests, int64_t groups);
 
 // What the gradients of the projections need from every candidate.
 template <class T>
