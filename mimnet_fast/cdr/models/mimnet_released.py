@@ -78,8 +78,10 @@ class MIMNetReleased(MIMNet):
             history = ids
         return history, torch.ones_like(lengths) if self.first_item_only else lengths, table
 
-    def logits(self, batch: int, generator: torch.Generator | None) -> Tensor:
+    def logits(
+        self, batch: int, generator: torch.Generator | None, out: Tensor | None = None
+    ) -> Tensor:
         """First routing logits, a draw for every rating if ``fresh_logits``."""
         if self.fresh_logits and generator is None:
             generator = torch.Generator().manual_seed(int(self.logits_seed))
-        return super().logits(batch, generator)
+        return super().logits(batch, generator, out)
