@@ -50,13 +50,9 @@ void BridgePlan<T>::contract(Vec<T>* contracted, const Vec<T>* source, int64_t g
 template <class T>
 void bridge_hidden(const BridgePlan<T>& p, Vec<T>* hidden, const Vec<T>* interests,
                    int64_t groups) {
-  const int64_t rows = groups * p.interests;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t h = 0; h < p.hidden; ++h) hidden[r * p.hidden + h] = splat(p.b1[h]);
-  }
-  multiply<T>({hidden, p.hidden, 1}, {interests, p.d_interest, 1},
-              SharedMatrix<T>(p.w1, 1, p.d_interest), rows, p.hidden, p.d_interest, true);
-  for (int64_t i = 0; i < rows * p.hidden; ++i) hidden[i] = maximum(hidden[i], Vec<T>{});
+  multiply_relu<T>({hidden, p.hidden, 1}, {interests, p.d_interest, 1},
+                   SharedMatrix<T>(p.w1, 1, p.d_interest), p.b1, groups * p.interests, p.hidden,
+                   p.d_interest);
 }
 
 template <class T>

@@ -52,4 +52,9 @@ template <class T>
 void multiply(LaneMatrix<T> c, ConstLaneMatrix<T> a, SharedMatrix<T> b, int64_t m, int64_t n,
               int64_t r, bool accumulate);
 
+// C[m, n] = relu(bias[n] + sum_r A[m, r] B[r, n])
+template <class T>
+void multiply_relu(LaneMatrix<T> c, ConstLaneMatrix<T> a, SharedMatrix<T> b, const T* bias,
+                   int64_t m, int64_t n, int64_t r);
+
 }  // namespace mimnet_fast::cpu::MIMNET_FAST_ISA
