@@ -111,7 +111,7 @@ class BridgeW2Gradient {
 
  private:
   static constexpr int64_t kChunk = 64;  // users whose M is in the cache at a time
-  static constexpr int64_t kWidth = 4;   // target dimensions in a unit, at most
+  static constexpr int64_t kWidth = 5;   // target dimensions in a unit, at most
 
   const BridgePlan<T>& plan_;
   const BridgeRows<T>& rows_;
