@@ -196,6 +196,14 @@ struct Blocks {
     count = (groups + per_block - 1) / per_block;
   }
 
+  // The same with a multiple of so many groups in each block; 1, 2 or 4.
+  Blocks in_multiples_of(int64_t some) const {
+    Blocks result = *this;
+    result.per_block = (per_block + some - 1) / some * some;
+    result.count = (groups + result.per_block - 1) / result.per_block;
+    return result;
+  }
+
   // Groups in block i.
   int64_t size(int64_t i) const {
     const int64_t left = groups - i * per_block;

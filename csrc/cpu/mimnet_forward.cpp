@@ -194,9 +194,9 @@ struct UserRows {
   }
 };
 
-// The gradients of the parameters, group by group of users: each group's by the thread that has its
-// rows in the cache, then their sum, always in one order. Few parameters are less to exchange
-// between threads than the rows of all users, many are more.
+// The gradients of the parameters, of one or a few groups of users at a time: by the thread that
+// has their rows in the cache, then their sum, always in one order. Few parameters are less to
+// exchange between threads than the rows of all users, many are more.
 template <class T>
 class GroupGradients {
  public:
@@ -207,18 +207,25 @@ class GroupGradients {
     }
     const int64_t of_a_user = p.k * (2 * padded<T>(p.bridge.hidden) + 4 * padded<T>(p.d)) +
                               10 * padded<T>(p.d) + kLanes<T>;
-    if (2 * size_ > kLanes<T> * of_a_user) return;
-    groups_ = p.blocks.groups;
-    sums_ = Buffer<T>(groups_ * size_);
+    const int64_t groups = p.blocks.groups;
+    together_ = groups >= 16 ? 4 : groups >= 8 ? 2 : 1;  // not by threads: one order of sums
+    if (2 * size_ > together_ * kLanes<T> * of_a_user) return;
+    count_ = (groups + together_ - 1) / together_;
+    sums_ = Buffer<T>(count_ * size_);
   }
 
-  explicit operator bool() const { return groups_ > 0; }
+  explicit operator bool() const { return count_ > 0; }
 
-  // Those of the rows of one group.
-  void add(const Plan<T>& p, const MIMNetArgs& args, const UserRows<T>& rows, int64_t group,
-           int64_t users, Scratch<T> scratch) {
+  // Groups that have one sum.
+  int64_t together() const { return together_; }
+
+  // Sum number `index`, from the rows of its users.
+  void add(const Plan<T>& p, const MIMNetArgs& args, const UserRows<T>& rows, int64_t index,
+           Scratch<T> scratch) {
+    const int64_t most = together_ * kLanes<T>, left = p.batch - index * most;
+    const int64_t users = left < most ? left : most;
     MIMNetArgs own = args;
-    place(own, sums_.get() + group * size_);
+    place(own, sums_.get() + index * size_);
     WeightGradients<T> gradients;
     rows.add(p, users, own, gradients);
     gradients.run_all();
@@ -229,9 +236,9 @@ class GroupGradients {
   void store(const MIMNetArgs& args) {
     Vec<T>* total = reinterpret_cast<Vec<T>*>(sums_.get());
     const int64_t vectors = size_ / kLanes<T>;
-    args.execution.parallel(vectors, groups_, [&](int64_t begin, int64_t end) {
+    args.execution.parallel(vectors, count_, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
-        for (int64_t g = 1; g < groups_; ++g) total[v] += total[g * vectors + v];
+        for (int64_t i = 1; i < count_; ++i) total[v] += total[i * vectors + v];
       }
     });
     MIMNetArgs wanted = args;
@@ -275,25 +282,29 @@ class GroupGradients {
     }
   }
 
-  int64_t size_ = 0, groups_ = 0;
-  Buffer<T> sums_;  // of every group, `size_` each
+  int64_t size_ = 0, together_ = 1, count_ = 0;
+  Buffer<T> sums_;  // `count_` of `size_` each
 };
 
 template <class T>
 void backward(const MIMNetArgs& args) {
   const Plan<T> p(args);
-  const int64_t k = p.k, d = p.d, batch = p.batch, most = p.blocks.per_block;
+  const int64_t k = p.k, d = p.d, batch = p.batch;
   GroupGradients<T> by_group(p, args);
   std::optional<UserRows<T>> all;
   if (!by_group) all.emplace(p, batch);
-  args.execution.parallel(p.blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
-    std::optional<UserRows<T>> of_groups[Blocks<T>::kMost];
+  const int64_t together = by_group.together();
+  const Blocks<T> blocks = by_group ? p.blocks.in_multiples_of(together) : p.blocks;
+  const int64_t most = blocks.per_block;
+  args.execution.parallel(blocks.count, 2 * p.work(), [&](int64_t begin, int64_t end) {
+    std::optional<UserRows<T>> of_sums[Blocks<T>::kMost];
     const UserRows<T>* rows[Blocks<T>::kMost];
     const BridgeRows<T>* bridge_rows[Blocks<T>::kMost];
     Group places[Blocks<T>::kMost];  // in the rows
     for (int64_t g = 0; g < most; ++g) {
-      if (by_group) of_groups[g].emplace(p, kLanes<T>);
-      rows[g] = by_group ? &*of_groups[g] : &*all;
+      std::optional<UserRows<T>>& own = of_sums[g / together];
+      if (by_group && !own) own.emplace(p, together * kLanes<T>);
+      rows[g] = by_group ? &*own : &*all;
       bridge_rows[g] = &rows[g]->bridge;
     }
     const int64_t gradient_vectors = by_group ? BridgeW2Gradient<T>::vectors(p.bridge) : 0;
@@ -317,10 +328,10 @@ void backward(const MIMNetArgs& args) {
     const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
     FusionState<T> fusion(p.fusion, most, scratch);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t groups = p.blocks.size(block);
+      const int64_t groups = blocks.size(block);
       for (int64_t g = 0; g < groups; ++g) {
-        const Group group = p.blocks.group(block, g);
-        places[g] = by_group ? Group{0, group.users} : group;
+        const Group group = blocks.group(block, g);
+        places[g] = by_group ? Group{g % together * kLanes<T>, group.users} : group;
         load_matrix<T>(pooled, args.pooled, group);
         apply_routing_weight<T>(p.routing, capsules + g * k * d, pooled);
         const Rows<T>& to = rows[g]->pooled;
@@ -338,7 +349,7 @@ void backward(const MIMNetArgs& args) {
       }
       fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
       for (int64_t g = 0; g < groups; ++g) {
-        const Vec<T> grad = load_column<T>(args.grad, p.blocks.group(block, g));
+        const Vec<T> grad = load_column<T>(args.grad, blocks.group(block, g));
         for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
       }
       for (int64_t i = 0; i < groups * k * d; ++i) transferred_grad[i] = Vec<T>{};
@@ -349,7 +360,7 @@ void backward(const MIMNetArgs& args) {
       bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
                          transferred_grad, interests, source, groups, bridge_rows, places, scratch);
       for (int64_t g = 0; g < groups; ++g) {
-        const Group group = p.blocks.group(block, g);
+        const Group group = blocks.group(block, g);
         Vec<T>* capsule_grad = interests_grad + g * k * d;
         const Rows<T>& to = rows[g]->capsules;
         for (int64_t i = 0; i < k; ++i) {
@@ -366,8 +377,9 @@ void backward(const MIMNetArgs& args) {
         if (args.grad_prototype) store_rows<T>(prototype_grad + g * d, args.grad_prototype, group);
         if (args.grad_source) store_rows<T>(source_grad + g * d, args.grad_source, group);
         if (args.grad_history) history_backward(p, args, routing_memory, capsule_grad, group);
-        if (by_group)
-          by_group.add(p, args, *rows[g], block * most + g, group.users, gradient_memory);
+      }
+      for (int64_t g = 0; by_group && g < groups; g += together) {
+        by_group.add(p, args, *rows[g], (block * most + g) / together, gradient_memory);
       }
     }
   });
