@@ -276,6 +276,30 @@ MIMNET_FAST_INLINE Vec<T> load_partial(const T* p, int n) {
 #endif
 }
 
+// Of two vectors, the lanes that exchanging blocks of S x S makes of them. Constants of a type: put
+// together in a loop over S they cost more than the shuffles.
+template <class T, int S, class Lanes = std::make_index_sequence<kLanes<T>>>
+struct Exchange;
+template <class T, int S, size_t... Lane>
+struct Exchange<T, S, std::index_sequence<Lane...>> {
+  static constexpr int n = kLanes<T>;
+  static constexpr Int<T> low = {(Lane & S ? n + Lane - S : Lane)...};
+  static constexpr Int<T> high = {(Lane & S ? n + Lane : Lane + S)...};
+};
+
+#if !defined(__AVX512F__)
+// A half, a quarter and so on: the masked store of AVX2 is slow on many CPUs.
+template <class T, int S = kLanes<T> / 2>
+MIMNET_FAST_INLINE void store_parts(T* p, Vec<T> v, int n) {
+  if (n & S) {
+    __builtin_memcpy(p, &v, S * sizeof(T));
+    p += S;
+    v = __builtin_shuffle(v, v, Exchange<T, S>::high);
+  }
+  if constexpr (S > 1) store_parts<T, S / 2>(p, v, n);
+}
+#endif
+
 template <class T>
 MIMNET_FAST_INLINE void store_partial(T* p, Vec<T> v, int n) {
 #if defined(__AVX512F__)
@@ -287,17 +311,8 @@ MIMNET_FAST_INLINE void store_partial(T* p, Vec<T> v, int n) {
 #else
   if (n == kLanes<T>) {
     *reinterpret_cast<Unaligned<T>*>(p) = v;
-    return;
-  }
-  // A half, a quarter and so on: the masked store of AVX2 is slow on many CPUs.
-#pragma GCC unroll 4
-  for (int s = kLanes<T> / 2; s > 0; s /= 2) {
-    if ((n & s) == 0) continue;
-    __builtin_memcpy(p, &v, s * sizeof(T));
-    p += s;
-    Int<T> rest;
-    for (int w = 0; w < kLanes<T>; ++w) rest[w] = w + s;
-    v = __builtin_shuffle(v, rest);
+  } else {
+    store_parts(p, v, n);
   }
 #endif
 }
@@ -317,17 +332,6 @@ MIMNET_FAST_INLINE void store_vector(T* p, Vec<T> v, int64_t left) {
     store_partial(p, v, int(left));
   }
 }
-
-// Of two vectors, the lanes that exchanging blocks of S x S makes of them. Constants of a type: put
-// together in a loop over S they cost more than the shuffles.
-template <class T, int S, class Lanes = std::make_index_sequence<kLanes<T>>>
-struct Exchange;
-template <class T, int S, size_t... Lane>
-struct Exchange<T, S, std::index_sequence<Lane...>> {
-  static constexpr int n = kLanes<T>;
-  static constexpr Int<T> low = {(Lane & S ? n + Lane - S : Lane)...};
-  static constexpr Int<T> high = {(Lane & S ? n + Lane : Lane + S)...};
-};
 
 // Transpose of a square of kLanes vectors, by exchanging ever smaller blocks.
 template <class T, int S = kLanes<T> / 2>
