@@ -48,8 +48,9 @@ void add_gate_gradient(const FusionState<T>& s, Vec<T>* grad, const T* weight, i
 
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
-                   Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
-                   const Vec<T>* gate_grad, const Vec<T>* interests, int64_t groups) {
+                   Vec<T>* prototype_grad, Vec<T>* interests_grad, bool accumulate,
+                   const Vec<T>* out_grad, const Vec<T>* gate_grad, const Vec<T>* interests,
+                   int64_t groups) {
   const int64_t d = p.fine.d;
   attend_values_backward<T>(p.fine, s.fine, out_grad, groups);
   attend_values_backward<T>(p.coarse, s.coarse, out_grad, groups);
@@ -73,8 +74,9 @@ void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
     }
     s.gate_logit_grad[g] = grad * gate * (T(1) - gate);
   }
-  attend_backward<T>(p.fine, s.fine, item_grad, interests_grad, nullptr, interests, groups);
-  attend_backward<T>(p.coarse, s.coarse, prototype_grad, interests_grad, nullptr, interests,
+  attend_backward<T>(p.fine, s.fine, item_grad, interests_grad, accumulate, nullptr, interests,
+                     groups);
+  attend_backward<T>(p.coarse, s.coarse, prototype_grad, interests_grad, true, nullptr, interests,
                      groups);
   add_gate_gradient<T>(s, item_grad, p.weight, d, groups);
   add_gate_gradient<T>(s, prototype_grad, p.weight + d, d, groups);
@@ -140,7 +142,7 @@ void backward(const MultiGranularityArgs& args) {
       for (int64_t g = 0; g < groups; ++g) {
         load_matrix<T>(interests + g * k * d, args.interests, blocks.group(block, g));
       }
-      for (int64_t i = 0; i < groups * k * d; ++i) interests_grad[i] = Vec<T>{};
+      for (int64_t i = 0; candidates == 0 && i < groups * k * d; ++i) interests_grad[i] = Vec<T>{};
       for (int64_t c = 0; c < candidates; ++c) {
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
@@ -151,8 +153,8 @@ void backward(const MultiGranularityArgs& args) {
         }
         fuse<T>(p, s, item, prototype, interests, groups);
         fuse_backward<T>(p, s, args.grad_item ? item_grad : nullptr,
-                         args.grad_prototype ? prototype_grad : nullptr, interests_grad, out_grad,
-                         args.grad_gate ? gate_grad : nullptr, interests, groups);
+                         args.grad_prototype ? prototype_grad : nullptr, interests_grad, c > 0,
+                         out_grad, args.grad_gate ? gate_grad : nullptr, interests, groups);
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
           rows.save(p, s, item, prototype, g, group, candidates, c);
@@ -188,7 +190,7 @@ void multi_granularity_attention_backward(const MultiGranularityArgs& args) {
                         const Vec<T>*, int64_t);                                                   \
   template void fuse_values<T>(const FusionPlan<T>&, FusionState<T>&, int64_t);                    \
   template void fuse_backward<T>(const FusionPlan<T>&, FusionState<T>&, Vec<T>*, Vec<T>*, Vec<T>*, \
-                                 const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
+                                 bool, const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

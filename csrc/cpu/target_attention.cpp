@@ -97,7 +97,7 @@ void attend_values_backward(const AttentionPlan<T>& p, AttentionState<T>& s, con
 
 template <class T>
 void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
-                     Vec<T>* interests_grad, const Vec<T>* coefficients_grad,
+                     Vec<T>* interests_grad, bool accumulate, const Vec<T>* coefficients_grad,
                      const Vec<T>* interests, int64_t groups) {
   const int64_t k = p.interests, d = p.d;
   for (int64_t g = 0; g < groups; ++g) {
@@ -122,7 +122,8 @@ void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* qu
     for (int64_t i = 0; i < k; ++i) {
       Vec<T>* u_grad = interests_grad + (g * k + i) * d;
       for (int64_t j = 0; j < d; ++j) {
-        u_grad[j] += a[i] * s.pooled_grad[g * d + j] + grad[i] * s.folded[g * d + j];
+        const Vec<T> share = a[i] * s.pooled_grad[g * d + j] + grad[i] * s.folded[g * d + j];
+        u_grad[j] = accumulate ? u_grad[j] + share : share;
       }
     }
   }
@@ -211,7 +212,7 @@ void backward(const AttentionArgs& args) {
         load_matrix<T>(interests + g * k * d, args.interests, group);
         if (args.capsule_mask) load_flags<T>(present + g * k, args.capsule_mask, group);
       }
-      for (int64_t i = 0; i < groups * k * d; ++i) interests_grad[i] = Vec<T>{};
+      for (int64_t i = 0; candidates == 0 && i < groups * k * d; ++i) interests_grad[i] = Vec<T>{};
       for (int64_t c = 0; c < candidates; ++c) {
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
@@ -224,7 +225,7 @@ void backward(const AttentionArgs& args) {
         attend<T>(p, s, query, interests, args.capsule_mask ? present : nullptr, groups);
         if (args.capsule_mask) clear_where_all_absent<T>(p, out_grad, present, groups);
         attend_values_backward<T>(p, s, out_grad, groups);
-        attend_backward<T>(p, s, args.grad_query ? query_grad : nullptr, interests_grad,
+        attend_backward<T>(p, s, args.grad_query ? query_grad : nullptr, interests_grad, c > 0,
                            args.grad_coefficients ? coefficients_grad : nullptr, interests, groups);
         for (int64_t g = 0; g < groups; ++g) {
           const Group group = blocks.group(block, g);
@@ -260,7 +261,7 @@ void target_attention_backward(const AttentionArgs& args) {
   template void attend_values_backward<T>(const AttentionPlan<T>&, AttentionState<T>&,            \
                                           const Vec<T>*, int64_t);                                \
   template void attend_backward<T>(const AttentionPlan<T>&, AttentionState<T>&, Vec<T>*, Vec<T>*, \
-                                   const Vec<T>*, const Vec<T>*, int64_t);
+                                   bool, const Vec<T>*, const Vec<T>*, int64_t);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)
 

@@ -80,11 +80,11 @@ template <class T>
 void attend_values_backward(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* out_grad,
                             int64_t groups);
 
-// After `attend` and `attend_values_backward`: sets query_grad, unless null, and adds to
+// After `attend` and `attend_values_backward`: sets query_grad, unless null, and sets or adds to
 // interests_grad. coefficients_grad may be null.
 template <class T>
 void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
-                     Vec<T>* interests_grad, const Vec<T>* coefficients_grad,
+                     Vec<T>* interests_grad, bool accumulate, const Vec<T>* coefficients_grad,
                      const Vec<T>* interests, int64_t groups);
 
 // What the gradients of the projections need from every candidate.
