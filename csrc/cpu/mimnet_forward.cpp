@@ -353,8 +353,8 @@ void backward(const MIMNetArgs& args) {
         for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
       }
       fuse_backward<T>(p.fusion, fusion, args.grad_item ? item_grad : nullptr,
-                       args.grad_prototype ? prototype_grad : nullptr, transferred_grad, false,
-                       user_grad, nullptr, transferred, groups);
+                       args.grad_prototype ? prototype_grad : nullptr, transferred_grad, user_grad,
+                       transferred, groups);
       if (args.grad_item) fuse_values<T>(p.fusion, fusion, groups);
       bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
                          transferred_grad, interests, source, groups, bridge_rows, places, scratch);

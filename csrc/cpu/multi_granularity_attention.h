@@ -57,13 +57,11 @@ void fuse(const FusionPlan<T>& p, FusionState<T>& s, const Vec<T>* item, const V
 template <class T>
 void fuse_values(const FusionPlan<T>& p, FusionState<T>& s, int64_t groups);
 
-// After `fuse`: sets item_grad and prototype_grad, unless null, and sets or adds to interests_grad.
-// gate_grad may be null.
+// After `fuse`: sets interests_grad, and item_grad and prototype_grad unless null.
 template <class T>
 void fuse_backward(const FusionPlan<T>& p, FusionState<T>& s, Vec<T>* item_grad,
-                   Vec<T>* prototype_grad, Vec<T>* interests_grad, bool accumulate,
-                   const Vec<T>* out_grad, const Vec<T>* gate_grad, const Vec<T>* interests,
-                   int64_t groups);
+                   Vec<T>* prototype_grad, Vec<T>* interests_grad, const Vec<T>* out_grad,
+                   const Vec<T>* interests, int64_t groups);
 
 // What the gradients of the parameters need from every candidate.
 template <class T>

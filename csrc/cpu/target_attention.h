@@ -66,10 +66,20 @@ struct AttentionState {
         folded_grad(scratch.take(groups * p.d)) {}
 };
 
-// Fills folded, scores, coefficients and pooled. `present` (1 or 0 per interest) may be null.
+// Scores of one group to coefficients. `present` (1 or 0 per interest) may be null.
+template <class T>
+void weigh(const AttentionPlan<T>& p, Vec<T>* coefficients, const Vec<T>* scores,
+           const Vec<T>* present);
+
+// The gradient of the coefficients, in place, to that of the scores.
+template <class T>
+void weigh_backward(const AttentionPlan<T>& p, Vec<T>* grad, const Vec<T>* coefficients,
+                    const Vec<T>* scores);
+
+// Fills folded, scores, coefficients and pooled.
 template <class T>
 void attend(const AttentionPlan<T>& p, AttentionState<T>& s, const Vec<T>* query,
-            const Vec<T>* interests, const Vec<T>* present, int64_t groups);
+            const Vec<T>* interests, int64_t groups);
 
 // After `attend`: fills out, which gradients do not need.
 template <class T>
@@ -81,11 +91,11 @@ void attend_values_backward(const AttentionPlan<T>& p, AttentionState<T>& s, con
                             int64_t groups);
 
 // After `attend` and `attend_values_backward`: sets query_grad, unless null, and sets or adds to
-// interests_grad. coefficients_grad may be null.
+// interests_grad.
 template <class T>
 void attend_backward(const AttentionPlan<T>& p, AttentionState<T>& s, Vec<T>* query_grad,
-                     Vec<T>* interests_grad, bool accumulate, const Vec<T>* coefficients_grad,
-                     const Vec<T>* interests, int64_t groups);
+                     Vec<T>* interests_grad, bool accumulate, const Vec<T>* interests,
+                     int64_t groups);
 
 // What the gradients of the projections need from every candidate.
 template <class T>
