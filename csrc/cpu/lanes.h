@@ -208,7 +208,7 @@ template <class T, class S>
 inline void widen_all(T* to, const S* from, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (std::is_same_v<S, _Float16> && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<S, _Float16>) {
     for (; i + 8 <= count; i += 8) {
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
     }
@@ -220,7 +220,7 @@ template <class S, class T>
 inline void narrow_all(S* to, const T* from, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (std::is_same_v<S, _Float16> && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<S, _Float16>) {
     for (; i + 8 <= count; i += 8) {
       _mm_storeu_si128((__m128i*)(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));

@@ -367,7 +367,7 @@ void backward(const MIMNetArgs& args) {
                                    p.routing.squash);
           save_rows<T>(to.get(), to.width, capsule_grad + i * d, d, places[g], k, i);
         }
-        rows[g]->fusion.save(p.fusion, fusion, item, prototype, g, places[g], 1, 0);
+        rows[g]->fusion.save(p.fusion, fusion, item, prototype, g, places[g]);
         if (args.grad_item) {
           const Vec<T> grad = load_column<T>(args.grad, group);
           for (int64_t i = g * d; i < (g + 1) * d; ++i) item_grad[i] += grad * fusion.out[i];

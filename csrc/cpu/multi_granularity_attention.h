@@ -73,12 +73,12 @@ struct FusionRows {
     gate_logit_grad.allocate(rows, 1);
   }
 
+  // Rows of one group, after `fuse_backward`.
   void save(const FusionPlan<T>& p, const FusionState<T>& s, const Vec<T>* item,
-            const Vec<T>* prototype, int64_t g, Group group, int64_t candidates, int64_t c) const {
-    fine.save(p.fine, s.fine, item, s.fine_grad, g, group, candidates, c);
-    coarse.save(p.coarse, s.coarse, prototype, s.coarse_grad, g, group, candidates, c);
-    save_rows<T>(gate_logit_grad.get(), gate_logit_grad.width, s.gate_logit_grad + g, 1, group,
-                 candidates, c);
+            const Vec<T>* prototype, int64_t g, Group group) const {
+    fine.save(p.fine, s.fine, item, s.fine_grad, g, group);
+    coarse.save(p.coarse, s.coarse, prototype, s.coarse_grad, g, group);
+    save_rows<T>(gate_logit_grad.get(), gate_logit_grad.width, s.gate_logit_grad + g, 1, group);
   }
 
   void add(const FusionPlan<T>& p, int64_t rows, const FusionWeights& views,

@@ -20,13 +20,15 @@ void load_padded(GroupRows<T> to, const View& view, int64_t first, int64_t c, in
       const S* const from = reinterpret_cast<const S*>(at(view, first + i, c));
       if constexpr (std::is_same_v<S, T>) {
         if (stride == 1) {
-          for (int64_t e = 0; e < d; e += kLanes<T>)
+          for (int64_t e = 0; e < d; e += kLanes<T>) {
             vector_at(to[i] + e) = load_vector(from + e, d - e);
+          }
           continue;
         }
       }
-      for (int64_t e = 0; e < padded<T>(d); ++e)
+      for (int64_t e = 0; e < padded<T>(d); ++e) {
         to[i][e] = e < d ? widen<T>(from[e * stride]) : T(0);
+      }
     }
   });
 }
@@ -41,8 +43,9 @@ void store_padded(GroupRows<T> from, const View& view, int64_t first, int64_t c,
       S* const to = reinterpret_cast<S*>(at(view, first + i, c));
       if constexpr (std::is_same_v<S, T>) {
         if (stride == 1) {
-          for (int64_t e = 0; e < d; e += kLanes<T>)
+          for (int64_t e = 0; e < d; e += kLanes<T>) {
             store_vector(to + e, vector_at(from[i] + e), d - e);
+          }
           continue;
         }
       }
@@ -130,8 +133,9 @@ class RowAttention {
       pack(value_transposed_, p_.value_weight, true);
       if (p_.value_weight != nullptr && p_.value_bias != nullptr) {
         bias_.allocate(1, p_.d);
-        for (int64_t e = 0; e < bias_.width; ++e)
+        for (int64_t e = 0; e < bias_.width; ++e) {
           bias_.get()[e] = e < p_.d ? p_.value_bias[e] : T(0);
+        }
       }
     }
   }
@@ -219,17 +223,14 @@ class RowAttention {
   // out[i] (+)= rows[i] matrix; a matrix that was not given is the identity.
   void product(GroupRows<T> out, GroupRows<T> rows, const Rows<T>& matrix, int64_t n,
                bool accumulate = false) const {
-    const int64_t vectors = padded<T>(p_.d) / kLanes<T>;
-    Vec<T>* to = reinterpret_cast<Vec<T>*>(out.first);
+    const int64_t width = padded<T>(p_.d), vectors = width / kLanes<T>;
     if (matrix.get() != nullptr) {
-      const Vec<T>* weights = reinterpret_cast<const Vec<T>*>(matrix.get());
-      return multiply<T>({to, 1, out.step / kLanes<T>}, {weights, 1, vectors},
+      return multiply<T>({&vector_at(out.first), 1, out.step / kLanes<T>},
+                         {&vector_at(matrix.get()), 1, vectors},
                          SharedMatrix<T>(rows.first, 1, rows.step), vectors, n, p_.d, accumulate);
     }
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t v = 0; v < vectors; ++v) {
-        to[i * (out.step / kLanes<T>)+v] = reinterpret_cast<const Vec<T>*>(rows[i])[v];
-      }
+      for (int64_t e = 0; e < width; e += kLanes<T>) vector_at(out[i] + e) = vector_at(rows[i] + e);
     }
   }
 

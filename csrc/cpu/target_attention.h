@@ -109,15 +109,14 @@ struct AttentionRows {
     out_grad.allocate(rows, p.d);
   }
 
-  // Rows of candidate `c` of `candidates` for one group.
+  // Rows of one group, after `attend_backward`.
   void save(const AttentionPlan<T>& p, const AttentionState<T>& s, const Vec<T>* query_lanes,
-            const Vec<T>* out_grad_lanes, int64_t g, Group group, int64_t candidates,
-            int64_t c) const {
+            const Vec<T>* out_grad_lanes, int64_t g, Group group) const {
     const int64_t d = p.d;
-    save_rows<T>(query.get(), query.width, query_lanes + g * d, d, group, candidates, c);
-    save_rows<T>(folded_grad.get(), query.width, s.folded_grad + g * d, d, group, candidates, c);
-    save_rows<T>(pooled.get(), query.width, s.pooled + g * d, d, group, candidates, c);
-    save_rows<T>(out_grad.get(), query.width, out_grad_lanes + g * d, d, group, candidates, c);
+    save_rows<T>(query.get(), query.width, query_lanes + g * d, d, group);
+    save_rows<T>(folded_grad.get(), query.width, s.folded_grad + g * d, d, group);
+    save_rows<T>(pooled.get(), query.width, s.pooled + g * d, d, group);
+    save_rows<T>(out_grad.get(), query.width, out_grad_lanes + g * d, d, group);
   }
 
   void add(const AttentionPlan<T>& p, int64_t rows, const AttentionWeights& views,
