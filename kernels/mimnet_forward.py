@@ -699,12 +699,16 @@ def mimnet_forward(
     item: Tensor,
     prototype: Tensor,
     *others: Tensor | int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ratings [B], and for backward the weighted sums and the transferred interests [B,K,D].
 
-    ``others`` are the fifteen parameters, logits, mask, iterations and padding.
+    ``others`` are the fifteen parameters, logits, mask, iterations, padding and False: these
+    kernels keep nothing else.
     """
-    *parameters, logits, mask, iterations, padding = others
+    *parameters, logits, mask, iterations, padding, keep = others
+    if keep:
+        raise RuntimeError("mimnet_forward: only the CPU keeps gradients")
+    nothing = source.new_empty(0, dtype=torch.float32)
     jagged = _is_jagged(history, table)
     if table is not None:
         _check_ids(history, table.shape[0])
@@ -720,7 +724,7 @@ def mimnet_forward(
         )
         transferred = interest_bridge(interests, source, *parameters[1:5])
         user, _ = multi_granularity_attention(item, prototype, transferred, *parameters[5:])
-        return (user * item).sum(-1).to(source.dtype), pooled, transferred
+        return (user * item).sum(-1).to(source.dtype), pooled, transferred, nothing
     ratings = source.new_empty(batch)
     pooled = source.new_empty(batch, k, d, dtype=torch.float32)
     transferred = torch.empty_like(pooled)
@@ -745,13 +749,14 @@ def mimnet_forward(
         padding,
         **tiles,
     )
-    return ratings, pooled, transferred
+    return ratings, pooled, transferred, nothing
 
 
 def mimnet_forward_backward(
     grad: Tensor,
     pooled: Tensor,
     transferred: Tensor,
+    hidden_grad: Tensor,
     history: Tensor,
     table: Tensor | None,
     source: Tensor,

@@ -63,10 +63,11 @@ SCHEMAS = (
     f"-> {_tensors(2)}",
     "multi_granularity_attention_backward(Tensor grad, Tensor? grad_gate, Tensor item, "
     f"Tensor prototype, Tensor interests, {_FUSION}, int needs) -> {_tensors(13)}",
-    # -> ratings [B], pooled [B,K,D], transferred interests [B,K,D]
-    f"mimnet_forward({_MIMNET}) -> {_tensors(3)}",
-    f"mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, {_MIMNET}, "
-    f"int needs) -> {_tensors(19)}",
+    # -> ratings [B], pooled [B,K,D], transferred interests [B,K,D], and if kept (CPU only, else
+    # empty) the gradient of the bridge's hidden units [B,K,H] for a rating's gradient of 1
+    f"mimnet_forward({_MIMNET}, bool keep) -> {_tensors(4)}",
+    "mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, Tensor hidden_grad, "
+    f"{_MIMNET}, int needs) -> {_tensors(19)}",
     # -> scores [B,k], indices [B,k]; without prototype_ids, item n has prototype n
     "catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes, Tensor? prototype_ids, "
     f"{_FUSION}, Tensor? excluded, Tensor? excluded_offsets, int k) -> {_tensors(2)}",

@@ -18,6 +18,7 @@ from cases import (
 
 from mimnet_fast import BackendUnavailable, ops
 from mimnet_fast._options import PADDINGS
+from mimnet_fast.ops._autograd import SUFFIX
 
 SHAPES = [
     {"b": 33, "length": 20, "k": 7, "d": 10, "h": 50},
@@ -176,7 +177,7 @@ def test_op_refuses_what_does_not_fit(backend, device):
     table, mask = call.options["table"], call.options["mask"]
     fitting = [history, table, source, item, prototype, *parameters.flat(), logits, mask]
     op = torch.ops.mimnet_fast.mimnet_forward
-    assert op(*fitting, 3, 0)[0].shape == source.shape[:1]
+    assert op(*fitting, 3, 0, False)[0].shape == source.shape[:1]
     for position, tensor in enumerate(fitting):
         wrong_dtype = tensor.half() if tensor.is_floating_point() else tensor.float()
         for wrong in (
@@ -186,7 +187,36 @@ def test_op_refuses_what_does_not_fit(backend, device):
             if tensor is table and wrong.dtype == table.dtype:
                 continue  # a larger table fits
             with pytest.raises(RuntimeError, match="do not fit each other"):
-                op(*fitting[:position], wrong, *fitting[position + 1 :], 3, 0)
+                op(*fitting[:position], wrong, *fitting[position + 1 :], 3, 0, False)
     for options in ((0, 0), (3, -1), (3, 3)):
         with pytest.raises(RuntimeError, match="do not fit each other"):
-            op(*fitting, *options)
+            op(*fitting, *options, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("history", ["mask", "lengths"])
+def test_kept_gradient_is_what_backward_finds_without(backend, device, history, dtype):
+    """Users with a gradient of 0 and of the other sign among them."""
+    b, k, d, h = 37, 3, 10, 7
+    call = mimnet_call(b=b, k=k, d=d, h=h, history=history, dtype=dtype)
+    embedded, *rest, parameters, logits = call.args
+    inputs = [embedded, None, *rest, *parameters.flat(), logits, next(iter(call.options.values()))]
+    op = torch.ops.mimnet_fast
+    suffix = SUFFIX[backend]
+    forward = getattr(op, f"mimnet_forward{suffix}")
+    if backend == "triton" or device == "cuda" or CUDA_ON_HOST:
+        with pytest.raises(RuntimeError, match="only the CPU keeps"):
+            forward(*inputs, 3, 0, True)
+        return
+    without, kept = forward(*inputs, 3, 0, False), forward(*inputs, 3, 0, True)
+    assert without[3].shape == (0,)
+    assert kept[3].shape == (b, k, h)
+    grad = torch.randn(b, dtype=dtype)
+    grad[::5] = 0
+    found, expected = (
+        op.mimnet_forward_backward(grad, *results[1:], *inputs, 3, 0, 2**19 - 1)
+        for results in (kept, without)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(kept[:3], without[:3], strict=True))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -91,12 +91,12 @@ MIMNetArgs arguments(Device& device, const Inputs& in) {
 
 }  // namespace
 
-Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
+Tensors4 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
                         Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2,
                         Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
                         Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
                         Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
-                        OptionalTensor mask, int64_t iterations, int64_t padding) {
+                        OptionalTensor mask, int64_t iterations, int64_t padding, bool keep) {
   Device device(source);
   MIMNetArgs args = arguments(
       device, {history,   table,      source,    item,      prototype,     routing_weight, w1,
@@ -111,19 +111,22 @@ Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
   args.ratings = view(ratings);
   args.pooled = view(pooled);
   args.transferred = view(transferred);
+  Tensor hidden_grad = empty(
+      source, keep ? std::vector<int64_t>{batch, k, w1.size(0)} : std::vector<int64_t>{0}, saved);
+  if (keep) args.hidden_grad = view(hidden_grad);
   kernels().mimnet_forward(args);
-  return {ratings, pooled, transferred};
+  return {ratings, pooled, transferred, hidden_grad};
 }
 
-Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, Tensor history,
-                                  OptionalTensor table, Tensor source, Tensor item,
-                                  Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
-                                  Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb,
-                                  Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw,
-                                  Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
-                                  Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
-                                  OptionalTensor mask, int64_t iterations, int64_t padding,
-                                  int64_t needs) {
+Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred,
+                                  Tensor hidden_grad, Tensor history, OptionalTensor table,
+                                  Tensor source, Tensor item, Tensor prototype,
+                                  Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                                  Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
+                                  Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw,
+                                  Tensor coarse_vb, Tensor fusion_weight, Tensor fusion_bias,
+                                  Tensor logits, OptionalTensor mask, int64_t iterations,
+                                  int64_t padding, int64_t needs) {
   auto grads = gradients_like<19>(
       {history, source, item, prototype, routing_weight, w1, b1, w2, b2, fine_kw, fine_kb, fine_vw,
        fine_vb, coarse_kw, coarse_kb, coarse_vw, coarse_vb, fusion_weight, fusion_bias},
@@ -136,6 +139,7 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
                mask,      iterations, padding});
   args.pooled = view(pooled);
   args.transferred = view(transferred);
+  if (hidden_grad.dim() == 3) args.hidden_grad = view(hidden_grad);
   args.grad = view(grad);
   args.grad_history = wanted(grads, needs, 0);
   args.grad_source = wanted(grads, needs, 1);

@@ -10,6 +10,7 @@ namespace mimnet_fast::binding {
 using OptionalTensor = std::optional<Tensor>;
 using Tensors2 = std::tuple<Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors13 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor>;
@@ -59,21 +60,21 @@ Tensors13 multi_granularity_attention_backward(Tensor grad, OptionalTensor grad_
                                                Tensor coarse_vb, Tensor fusion_weight,
                                                Tensor fusion_bias, int64_t needs);
 
-Tensors3 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
+Tensors4 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Tensor item,
                         Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2,
                         Tensor b2, Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
                         Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
                         Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
-                        OptionalTensor mask, int64_t iterations, int64_t padding);
-Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred, Tensor history,
-                                  OptionalTensor table, Tensor source, Tensor item,
-                                  Tensor prototype, Tensor routing_weight, Tensor w1, Tensor b1,
-                                  Tensor w2, Tensor b2, Tensor fine_kw, Tensor fine_kb,
-                                  Tensor fine_vw, Tensor fine_vb, Tensor coarse_kw,
-                                  Tensor coarse_kb, Tensor coarse_vw, Tensor coarse_vb,
-                                  Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
-                                  OptionalTensor mask, int64_t iterations, int64_t padding,
-                                  int64_t needs);
+                        OptionalTensor mask, int64_t iterations, int64_t padding, bool keep);
+Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred,
+                                  Tensor hidden_grad, Tensor history, OptionalTensor table,
+                                  Tensor source, Tensor item, Tensor prototype,
+                                  Tensor routing_weight, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                                  Tensor fine_kw, Tensor fine_kb, Tensor fine_vw, Tensor fine_vb,
+                                  Tensor coarse_kw, Tensor coarse_kb, Tensor coarse_vw,
+                                  Tensor coarse_vb, Tensor fusion_weight, Tensor fusion_bias,
+                                  Tensor logits, OptionalTensor mask, int64_t iterations,
+                                  int64_t padding, int64_t needs);
 
 Tensors2 catalogue_top_k(Tensor interests, Tensor items, Tensor prototypes,
                          OptionalTensor prototype_ids, Tensor fine_kw, Tensor fine_kb,

@@ -99,6 +99,9 @@ struct MIMNetArgs {
   View ratings;      // [B]
   View pooled;       // [B,K,D]
   View transferred;  // [B,K,D]
+  // Of the bridge's hidden units, before the ReLU, where the rating's gradient is 1: [B,K,H], or
+  // none. CPU only: what forward keeps there, backward need not find from T again.
+  View hidden_grad;
   View grad;
   View grad_history, grad_source, grad_item, grad_prototype;
   View grad_routing_weight, grad_w1, grad_b1, grad_w2, grad_b2;

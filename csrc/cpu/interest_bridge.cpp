@@ -48,96 +48,102 @@ void BridgePlan<T>::contract(Vec<T>* contracted, const Vec<T>* source, int64_t g
 }
 
 template <class T>
-void bridge_hidden(const BridgePlan<T>& p, Vec<T>* hidden, const Vec<T>* interests,
+void bridge_hidden(const BridgePlan<T>& p, BridgeState<T>& s, const Vec<T>* interests,
                    int64_t groups) {
-  multiply_relu<T>({hidden, p.hidden, 1}, {interests, p.d_interest, 1},
+  multiply_relu<T>({s.hidden, p.hidden, 1}, {interests, p.d_interest, 1},
                    SharedMatrix<T>(p.w1, 1, p.d_interest), p.b1, groups * p.interests, p.hidden,
                    p.d_interest);
 }
 
 template <class T>
-void bridge_forward(const BridgePlan<T>& p, Vec<T>* out, const Vec<T>* interests,
-                    const Vec<T>* source, int64_t groups, Scratch<T> scratch) {
+void bridge_forward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* out, const Vec<T>* interests,
+                    const Vec<T>* source, int64_t groups) {
   const int64_t k = p.interests, hidden = p.hidden, d = p.d_target;
-  Vec<T>* h = scratch.take(groups * k * hidden);
-  Vec<T>* contracted = scratch.take(groups * p.panel_size(0) * hidden);
-  Vec<T>* shift = scratch.take(groups * d);
-  bridge_hidden(p, h, interests, groups);
-  multiply<T>({shift, d, 1}, {source, p.d_source, 1}, SharedMatrix<T>(p.b2, d, 1), groups, d,
+  const int64_t stride = p.panel_size(0) * hidden;
+  bridge_hidden<T>(p, s, interests, groups);
+  multiply<T>({s.sum, d, 1}, {source, p.d_source, 1}, SharedMatrix<T>(p.b2, d, 1), groups, d,
               p.d_source, false);
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t i = 0; i < k * d; ++i) out[g * k * d + i] = shift[g * d + i % d];
+    for (int64_t i = 0; i < k * d; ++i) out[g * k * d + i] = s.sum[g * d + i % d];
   }
   for (int64_t panel = 0; panel < p.panels(); ++panel) {
     const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
+    Vec<T>* contracted = s.contracted + panel * s.panel_step;
     p.contract(contracted, source, groups, panel);
     for (int64_t g = 0; g < groups; ++g) {
-      multiply<T>({out + g * k * d + j, d, 1}, {h + g * k * hidden, hidden, 1},
-                  ConstLaneMatrix<T>{contracted + g * p.panel_size(0) * hidden, 1, hidden}, k, size,
-                  hidden, true);
+      multiply<T>({out + g * k * d + j, d, 1}, {s.hidden + g * k * hidden, hidden, 1},
+                  ConstLaneMatrix<T>{contracted + g * stride, 1, hidden}, k, size, hidden, true);
     }
   }
 }
 
 template <class T>
-void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
-                     const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,
-                     int64_t groups, const BridgeRows<T>* const* rows_of_groups,
-                     const Group* places, Scratch<T> scratch) {
+void bridge_hidden_backward(const BridgePlan<T>& p, BridgeState<T>& s, const Vec<T>* out_grad,
+                            const Vec<T>* source, int64_t groups) {
   const int64_t k = p.interests, hidden = p.hidden, d = p.d_target;
-  Vec<T>* h = scratch.take(groups * k * hidden);
-  Vec<T>* h_grad = scratch.take(groups * k * hidden);
-  Vec<T>* panel_values = scratch.take(groups * p.panel_size(0) * hidden);
-  Vec<T>* grad_sum = scratch.take(groups * d);
-  bridge_hidden(p, h, interests, groups);
+  const int64_t stride = p.panel_size(0) * hidden;
+  for (int64_t panel = 0; panel < p.panels(); ++panel) {
+    const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
+    Vec<T>* contracted = s.contracted + panel * s.panel_step;
+    if (s.panel_step == 0) p.contract(contracted, source, groups, panel);
+    for (int64_t g = 0; g < groups; ++g) {
+      multiply<T>({s.hidden_grad + g * k * hidden, hidden, 1}, {out_grad + g * k * d + j, d, 1},
+                  ConstLaneMatrix<T>{contracted + g * stride, hidden, 1}, k, hidden, size,
+                  panel > 0);
+    }
+  }
+  for (int64_t i = 0; i < groups * k * hidden; ++i) {
+    s.hidden_grad[i] = select(s.hidden[i] > T(0), s.hidden_grad[i], Vec<T>{});
+  }
+}
+
+template <class T>
+void bridge_backward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* interests_grad,
+                     Vec<T>* source_grad, const Vec<T>* out_grad, const Vec<T>* interests,
+                     const Vec<T>* source, int64_t groups,
+                     const BridgeRows<T>* const* rows_of_groups, const Group* places) {
+  const int64_t k = p.interests, hidden = p.hidden, d = p.d_target;
+  const int64_t stride = p.panel_size(0) * hidden;
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t j = 0; j < d; ++j) {
       Vec<T> sum{};
       for (int64_t i = 0; i < k; ++i) sum += out_grad[(g * k + i) * d + j];
-      grad_sum[g * d + j] = sum;
+      s.sum[g * d + j] = sum;
     }
   }
   if (source_grad != nullptr) {
-    multiply<T>({source_grad, p.d_source, 1}, {grad_sum, d, 1}, SharedMatrix<T>(p.b2, 1, d), groups,
+    multiply<T>({source_grad, p.d_source, 1}, {s.sum, d, 1}, SharedMatrix<T>(p.b2, 1, d), groups,
                 p.d_source, d, false);
-  }
-  for (int64_t panel = 0; panel < p.panels(); ++panel) {
-    const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
-    const int64_t stride = p.panel_size(0) * hidden;
-    p.contract(panel_values, source, groups, panel);
-    for (int64_t g = 0; g < groups; ++g) {
-      multiply<T>({h_grad + g * k * hidden, hidden, 1}, {out_grad + g * k * d + j, d, 1},
-                  ConstLaneMatrix<T>{panel_values + g * stride, hidden, 1}, k, hidden, size,
-                  panel > 0);
+    for (int64_t panel = 0; panel < p.panels(); ++panel) {
+      const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
+      Vec<T>* gradient = s.contracted;  // of T
+      for (int64_t g = 0; g < groups; ++g) {
+        multiply<T>({gradient + g * stride, hidden, 1}, {out_grad + g * k * d + j, 1, d},
+                    ConstLaneMatrix<T>{s.hidden + g * k * hidden, hidden, 1}, size, hidden, k,
+                    false);
+      }
+      multiply<T>({source_grad, p.d_source, 1}, {gradient, stride, 1},
+                  SharedMatrix<T>(p.w2 + j * hidden, 1, d * hidden), groups, p.d_source,
+                  size * hidden, true);
     }
-    if (source_grad == nullptr) continue;
-    for (int64_t g = 0; g < groups; ++g) {
-      multiply<T>({panel_values + g * stride, hidden, 1}, {out_grad + g * k * d + j, 1, d},
-                  ConstLaneMatrix<T>{h + g * k * hidden, hidden, 1}, size, hidden, k, false);
-    }
-    multiply<T>({source_grad, p.d_source, 1}, {panel_values, stride, 1},
-                SharedMatrix<T>(p.w2 + j * hidden, 1, d * hidden), groups, p.d_source,
-                size * hidden, true);
-  }
-  for (int64_t i = 0; i < groups * k * hidden; ++i) {
-    h_grad[i] = select(h[i] > T(0), h_grad[i], Vec<T>{});
   }
   if (interests_grad != nullptr) {
-    multiply<T>({interests_grad, p.d_interest, 1}, {h_grad, hidden, 1},
+    multiply<T>({interests_grad, p.d_interest, 1}, {s.hidden_grad, hidden, 1},
                 SharedMatrix<T>(p.w1, p.d_interest, 1), groups * k, p.d_interest, hidden, false);
   }
   for (int64_t g = 0; g < groups; ++g) {
     const Group group = places[g];
     const BridgeRows<T>& rows = *rows_of_groups[g];
     save_rows<T>(rows.source.get(), rows.source.width, source + g * p.d_source, p.d_source, group);
-    save_rows<T>(rows.out_grad_sum.get(), rows.out_grad_sum.width, grad_sum + g * d, d, group);
+    save_rows<T>(rows.out_grad_sum.get(), rows.out_grad_sum.width, s.sum + g * d, d, group);
     for (int64_t i = 0; i < k; ++i) {
       const int64_t r = g * k + i;
       save_rows<T>(rows.interests.get(), rows.interests.width, interests + r * p.d_interest,
                    p.d_interest, group, k, i);
-      save_rows<T>(rows.hidden.get(), rows.hidden.width, h + r * hidden, hidden, group, k, i);
-      save_rows<T>(rows.hidden_grad.get(), rows.hidden_grad.width, h_grad + r * hidden, hidden,
-                   group, k, i);
+      save_rows<T>(rows.hidden.get(), rows.hidden.width, s.hidden + r * hidden, hidden, group, k,
+                   i);
+      save_rows<T>(rows.hidden_grad.get(), rows.hidden_grad.width, s.hidden_grad + r * hidden,
+                   hidden, group, k, i);
       save_rows<T>(rows.out_grad.get(), rows.out_grad.width, out_grad + r * d, d, group, k, i);
     }
   }
@@ -261,17 +267,18 @@ void forward(const BridgeArgs& args) {
   args.execution.parallel(
       blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
         const int64_t own = g_most * (k * p.d_interest + p.d_source + k * p.d_target);
-        Scratch<T> scratch(own + p.forward_vectors(g_most));
+        Scratch<T> scratch(own + BridgeState<T>::vectors(p, g_most, false));
         Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
         Vec<T>* source = scratch.take(g_most * p.d_source);
         Vec<T>* out = scratch.take(g_most * k * p.d_target);
+        BridgeState<T> state(p, g_most, false, scratch);
         for (int64_t block = begin; block < end; ++block) {
           const int64_t groups = blocks.size(block);
           for (int64_t g = 0; g < groups; ++g) {
             pairs.load(interests + g * k * p.d_interest, args.interests, blocks.group(block, g));
             pairs.load(source + g * p.d_source, args.source, blocks.group(block, g));
           }
-          bridge_forward(p, out, interests, source, groups, scratch);
+          bridge_forward<T>(p, state, out, interests, source, groups);
           for (int64_t g = 0; g < groups; ++g) {
             pairs.store(out + g * k * p.d_target, args.out, blocks.group(block, g));
           }
@@ -291,12 +298,13 @@ void backward(const BridgeArgs& args) {
   args.execution.parallel(
       blocks.count, p.work() * kLanes<T> * g_most, [&](int64_t begin, int64_t end) {
         const int64_t own = g_most * (2 * k * p.d_interest + 2 * p.d_source + k * p.d_target);
-        Scratch<T> scratch(own + p.backward_vectors(g_most));
+        Scratch<T> scratch(own + BridgeState<T>::vectors(p, g_most, false));
         Vec<T>* interests = scratch.take(g_most * k * p.d_interest);
         Vec<T>* interests_grad = scratch.take(g_most * k * p.d_interest);
         Vec<T>* source = scratch.take(g_most * p.d_source);
         Vec<T>* source_grad = scratch.take(g_most * p.d_source);
         Vec<T>* grad = scratch.take(g_most * k * p.d_target);
+        BridgeState<T> state(p, g_most, false, scratch);
         const BridgeRows<T>* const rows_of_groups[Blocks<T>::kMost] = {&rows, &rows, &rows, &rows};
         Group places[Blocks<T>::kMost];
         for (int64_t block = begin; block < end; ++block) {
@@ -307,9 +315,11 @@ void backward(const BridgeArgs& args) {
             pairs.load(grad + g * k * p.d_target, args.grad, blocks.group(block, g));
             places[g] = blocks.group(block, g);
           }
-          bridge_backward(p, args.grad_interests ? interests_grad : nullptr,
-                          args.grad_source ? source_grad : nullptr, grad, interests, source, groups,
-                          rows_of_groups, places, scratch);
+          bridge_hidden<T>(p, state, interests, groups);
+          bridge_hidden_backward<T>(p, state, grad, source, groups);
+          bridge_backward<T>(p, state, args.grad_interests ? interests_grad : nullptr,
+                             args.grad_source ? source_grad : nullptr, grad, interests, source,
+                             groups, rows_of_groups, places);
           for (int64_t g = 0; g < groups; ++g) {
             const Group group = blocks.group(block, g);
             if (args.grad_interests) {
@@ -338,16 +348,18 @@ void interest_bridge_backward(const BridgeArgs& args) {
   args.interests.dtype == DType::float64 ? backward<double>(args) : backward<float>(args);
 }
 
-#define MIMNET_FAST_INSTANTIATE(T)                                                             \
-  template class BridgePlan<T>;                                                                \
-  template class BridgeW2Gradient<T>;                                                          \
-  template void bridge_hidden<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, int64_t);       \
-  template void bridge_forward<T>(const BridgePlan<T>&, Vec<T>*, const Vec<T>*, const Vec<T>*, \
-                                  int64_t, Scratch<T>);                                        \
-  template void bridge_backward<T>(const BridgePlan<T>&, Vec<T>*, Vec<T>*, const Vec<T>*,      \
-                                   const Vec<T>*, const Vec<T>*, int64_t,                      \
-                                   const BridgeRows<T>* const*, const Group*, Scratch<T>);     \
-  template void add_bridge_gradients<T>(const BridgePlan<T>&, const BridgeRows<T>&, int64_t,   \
+#define MIMNET_FAST_INSTANTIATE(T)                                                               \
+  template class BridgePlan<T>;                                                                  \
+  template class BridgeW2Gradient<T>;                                                            \
+  template void bridge_hidden<T>(const BridgePlan<T>&, BridgeState<T>&, const Vec<T>*, int64_t); \
+  template void bridge_forward<T>(const BridgePlan<T>&, BridgeState<T>&, Vec<T>*, const Vec<T>*, \
+                                  const Vec<T>*, int64_t);                                       \
+  template void bridge_hidden_backward<T>(const BridgePlan<T>&, BridgeState<T>&, const Vec<T>*,  \
+                                          const Vec<T>*, int64_t);                               \
+  template void bridge_backward<T>(const BridgePlan<T>&, BridgeState<T>&, Vec<T>*, Vec<T>*,      \
+                                   const Vec<T>*, const Vec<T>*, const Vec<T>*, int64_t,         \
+                                   const BridgeRows<T>* const*, const Group*);                   \
+  template void add_bridge_gradients<T>(const BridgePlan<T>&, const BridgeRows<T>&, int64_t,     \
                                         const BridgeGradientViews&, WeightGradients<T>&);
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)

@@ -29,13 +29,6 @@ class BridgePlan {
   // T of one panel for a block: contracted[g][(j, h)].
   void contract(Vec<T>* contracted, const Vec<T>* source, int64_t groups, int64_t panel) const;
 
-  // Vectors of scratch that forward and backward take for `groups` groups.
-  int64_t forward_vectors(int64_t groups) const {
-    return groups * (interests * hidden + panel_ * hidden + d_target);
-  }
-  int64_t backward_vectors(int64_t groups) const {
-    return groups * (2 * interests * hidden + panel_ * hidden + d_target);
-  }
   // Multiply-adds per user.
   int64_t work() const {
     return d_target * hidden * (d_source + interests) + interests * hidden * d_interest;
@@ -48,14 +41,45 @@ class BridgePlan {
   int64_t panel_stride_;
 };
 
-// hidden[g][k, h] = relu(w1 interests + b1)
 template <class T>
-void bridge_hidden(const BridgePlan<T>& p, Vec<T>* hidden, const Vec<T>* interests, int64_t groups);
+struct BridgeState {
+  Vec<T>* hidden;       // relu(w1 interests + b1), K x H
+  Vec<T>* hidden_grad;  // before the ReLU, K x H
+  Vec<T>* contracted;   // T: one panel, or all, one after another
+  int64_t panel_step;   // between those; 0: each takes the place of the one before
+  Vec<T>* sum;          // b2 source, or the gradient of out summed over k, D_t
 
-// out[g][k, j]
+  static int64_t vectors(const BridgePlan<T>& p, int64_t groups, bool all_panels) {
+    return groups * (2 * p.interests * p.hidden + p.d_target) +
+           (all_panels ? p.panels() : 1) * panel_vectors(p, groups);
+  }
+  BridgeState(const BridgePlan<T>& p, int64_t groups, bool all_panels, Scratch<T>& scratch)
+      : hidden(scratch.take(groups * p.interests * p.hidden)),
+        hidden_grad(scratch.take(groups * p.interests * p.hidden)),
+        contracted(scratch.take((all_panels ? p.panels() : 1) * panel_vectors(p, groups))),
+        panel_step(all_panels ? panel_vectors(p, groups) : 0),
+        sum(scratch.take(groups * p.d_target)) {}
+
+ private:
+  static int64_t panel_vectors(const BridgePlan<T>& p, int64_t groups) {
+    return groups * p.panel_size(0) * p.hidden;
+  }
+};
+
+// Fills hidden.
 template <class T>
-void bridge_forward(const BridgePlan<T>& p, Vec<T>* out, const Vec<T>* interests,
-                    const Vec<T>* source, int64_t groups, Scratch<T> scratch);
+void bridge_hidden(const BridgePlan<T>& p, BridgeState<T>& s, const Vec<T>* interests,
+                   int64_t groups);
+
+// Sets out[g][k, j], and fills hidden and T.
+template <class T>
+void bridge_forward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* out, const Vec<T>* interests,
+                    const Vec<T>* source, int64_t groups);
+
+// Fills hidden_grad, from hidden and T, which is made again unless all panels are there.
+template <class T>
+void bridge_hidden_backward(const BridgePlan<T>& p, BridgeState<T>& s, const Vec<T>* out_grad,
+                            const Vec<T>* source, int64_t groups);
 
 // What the gradients of the parameters need from every user.
 template <class T>
@@ -78,13 +102,13 @@ struct BridgeRows {
   }
 };
 
-// Gradients of interests and source (null: not wanted) from the gradient of out. Group g leaves its
-// rows in `rows[g]` as those of the users `places[g]`.
+// Sets the gradients of interests and source (null: not wanted), from hidden, hidden_grad and the
+// gradient of out. Group g leaves its rows in `rows[g]` as those of the users `places[g]`.
 template <class T>
-void bridge_backward(const BridgePlan<T>& p, Vec<T>* interests_grad, Vec<T>* source_grad,
-                     const Vec<T>* out_grad, const Vec<T>* interests, const Vec<T>* source,
-                     int64_t groups, const BridgeRows<T>* const* rows, const Group* places,
-                     Scratch<T> scratch);
+void bridge_backward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* interests_grad,
+                     Vec<T>* source_grad, const Vec<T>* out_grad, const Vec<T>* interests,
+                     const Vec<T>* source, int64_t groups, const BridgeRows<T>* const* rows,
+                     const Group* places);
 
 struct BridgeGradientViews {
   View w1, b1, w2, b2;

@@ -123,6 +123,8 @@ void run(const TrainingArgs& args) {
   std::vector<T> gradients(static_cast<size_t>(count)), rated(static_cast<size_t>(most)),
       slopes(static_cast<size_t>(most)), pooled(size_t(most * k * d)),
       transferred(size_t(most * k * d));
+  const bool keep = d * d >= 32 * k;  // as mimnet_fast/ops/mimnet_forward.py has it
+  std::vector<T> hidden_grad(keep ? size_t(most * k * args.hidden) : 0);
   Gathered<int64_t> histories(args.histories, most), lengths(args.lengths, most);
   Gathered<T> source(args.source_table, most), item(args.item_table, most),
       prototype(args.prototype_table, most);
@@ -162,6 +164,7 @@ void run(const TrainingArgs& args) {
     model.ratings = array(rated.data(), {size});
     model.pooled = array(pooled.data(), {size, k, d});
     model.transferred = array(transferred.data(), {size, k, d});
+    if (keep) model.hidden_grad = array(hidden_grad.data(), {size, k, args.hidden});
     mimnet_forward(model);
 
     double loss = 0;

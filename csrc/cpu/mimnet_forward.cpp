@@ -112,16 +112,20 @@ void load_history(Vec<T>* lanes, const Plan<T>& p, const MIMNetArgs& args, Group
 template <class T>
 void forward(const MIMNetArgs& args) {
   const Plan<T> p(args);
-  const int64_t k = p.k, d = p.d, most = p.blocks.per_block;
+  const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, most = p.blocks.per_block;
+  const bool keep = bool(args.hidden_grad);
   args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(most * (2 * k * d + 3 * d) + RoutingState<T>::vectors(p.routing) +
-                       FusionState<T>::vectors(p.fusion, most) + p.bridge.forward_vectors(most));
+    Scratch<T> scratch(most * (3 * k * d + 3 * d) + RoutingState<T>::vectors(p.routing) +
+                       FusionState<T>::vectors(p.fusion, most) +
+                       BridgeState<T>::vectors(p.bridge, most, keep));
     Vec<T>* interests = scratch.take(most * k * d);
     Vec<T>* transferred = scratch.take(most * k * d);
+    Vec<T>* transferred_grad = scratch.take(most * k * d);
     Vec<T>* source = scratch.take(most * d);
     Vec<T>* item = scratch.take(most * d);
     Vec<T>* prototype = scratch.take(most * d);
     const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
+    BridgeState<T> bridge(p.bridge, most, keep, scratch);
     FusionState<T> fusion(p.fusion, most, scratch);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t groups = p.blocks.size(block);
@@ -142,7 +146,7 @@ void forward(const MIMNetArgs& args) {
         load_rows<T>(item + g * d, args.item, group);
         load_rows<T>(prototype + g * d, args.prototype, group);
       }
-      bridge_forward<T>(p.bridge, transferred, interests, source, groups, scratch);
+      bridge_forward<T>(p.bridge, bridge, transferred, interests, source, groups);
       fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
       fuse_values<T>(p.fusion, fusion, groups);
       for (int64_t g = 0; g < groups; ++g) {
@@ -151,6 +155,14 @@ void forward(const MIMNetArgs& args) {
         for (int64_t i = g * d; i < (g + 1) * d; ++i) rating += fusion.out[i] * item[i];
         store_column<T>(rating, args.ratings, group);
         store_matrix<T>(transferred + g * k * d, args.transferred, group);
+      }
+      if (!keep) continue;
+      fuse_backward<T>(p.fusion, fusion, nullptr, nullptr, transferred_grad, item, transferred,
+                       groups);
+      bridge_hidden_backward<T>(p.bridge, bridge, transferred_grad, source, groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        store_matrix<T>(bridge.hidden_grad + g * k * hidden, args.hidden_grad,
+                        p.blocks.group(block, g));
       }
     }
   });
@@ -289,7 +301,7 @@ class GroupGradients {
 template <class T>
 void backward(const MIMNetArgs& args) {
   const Plan<T> p(args);
-  const int64_t k = p.k, d = p.d, batch = p.batch;
+  const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, batch = p.batch;
   GroupGradients<T> by_group(p, args);
   std::optional<UserRows<T>> all;
   if (!by_group) all.emplace(p, batch);
@@ -309,8 +321,8 @@ void backward(const MIMNetArgs& args) {
     }
     const int64_t gradient_vectors = by_group ? BridgeW2Gradient<T>::vectors(p.bridge) : 0;
     Scratch<T> scratch(most * (5 * k * d + 7 * d) + k * d + RoutingState<T>::vectors(p.routing) +
-                       FusionState<T>::vectors(p.fusion, most) + p.bridge.backward_vectors(most) +
-                       gradient_vectors);
+                       FusionState<T>::vectors(p.fusion, most) +
+                       BridgeState<T>::vectors(p.bridge, most, false) + gradient_vectors);
     const Scratch<T> gradient_memory(scratch.take(gradient_vectors));
     Vec<T>* capsules = scratch.take(most * k * d);
     Vec<T>* interests = scratch.take(most * k * d);
@@ -326,6 +338,7 @@ void backward(const MIMNetArgs& args) {
     Vec<T>* user_grad = scratch.take(most * d);
     Vec<T>* pooled = scratch.take(k * d);
     const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
+    BridgeState<T> bridge(p.bridge, most, false, scratch);
     FusionState<T> fusion(p.fusion, most, scratch);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t groups = blocks.size(block);
@@ -351,13 +364,21 @@ void backward(const MIMNetArgs& args) {
       for (int64_t g = 0; g < groups; ++g) {
         const Vec<T> grad = load_column<T>(args.grad, blocks.group(block, g));
         for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
+        if (!args.hidden_grad) continue;
+        Vec<T>* hidden_grad = bridge.hidden_grad + g * k * hidden;
+        load_matrix<T>(hidden_grad, args.hidden_grad, blocks.group(block, g));
+        for (int64_t i = 0; i < k * hidden; ++i) hidden_grad[i] *= grad;
       }
       fuse_backward<T>(p.fusion, fusion, args.grad_item ? item_grad : nullptr,
                        args.grad_prototype ? prototype_grad : nullptr, transferred_grad, user_grad,
                        transferred, groups);
       if (args.grad_item) fuse_values<T>(p.fusion, fusion, groups);
-      bridge_backward<T>(p.bridge, interests_grad, args.grad_source ? source_grad : nullptr,
-                         transferred_grad, interests, source, groups, bridge_rows, places, scratch);
+      bridge_hidden<T>(p.bridge, bridge, interests, groups);
+      if (!args.hidden_grad) {
+        bridge_hidden_backward<T>(p.bridge, bridge, transferred_grad, source, groups);
+      }
+      bridge_backward<T>(p.bridge, bridge, interests_grad, args.grad_source ? source_grad : nullptr,
+                         transferred_grad, interests, source, groups, bridge_rows, places);
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = blocks.group(block, g);
         Vec<T>* capsule_grad = interests_grad + g * k * d;

@@ -669,6 +669,7 @@ void compose_backward(const MIMNetArgs& call) {
 }  // namespace
 
 void mimnet_forward(const MIMNetArgs& call) {
+  if (call.hidden_grad) throw std::runtime_error("mimnet_forward: only the CPU keeps gradients");
   if (!run_narrow(make_launch(call), call.execution.stream)) compose(call);
 }
 

@@ -21,6 +21,7 @@ from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusio
 from mimnet_fast.reference import MIMNetParameters
 
 _PARAMETERS = 15
+_KEEPING = {"cpu"}  # devices whose native kernels can keep more than they must
 
 
 def mimnet_forward(
@@ -99,9 +100,10 @@ def mimnet_forward(
     ):
         try:
             tensors = history, table, source, item, prototype, *parameters.flat(), logits, mask
-            return _CALLS["native"](*tensors, iterations, padding_code)[0]
-        except (RuntimeError, TypeError):  # something does not fit: what, the checks below say
-            pass
+            keep = _keeps(source, logits)
+            return _CALLS["native"](*tensors, iterations, padding_code, keep)[0]
+        except (AttributeError, IndexError, RuntimeError, TypeError):
+            pass  # something does not fit: what, the checks below say
     source = _checks.leading("source", source, (2,), "[B, D]")
     history, offsets = _jagged.unpack("history", history, offsets)
     jagged = offsets is not None
@@ -166,7 +168,7 @@ def mimnet_forward(
             iterations=iterations,
             padding=padding,
         )
-    ratings, _, _ = _CALLS[chosen](
+    ratings, *_ = _CALLS[chosen](
         history,
         table,
         source,
@@ -177,8 +179,22 @@ def mimnet_forward(
         real,
         iterations,
         padding_code,
+        chosen == "native" and _keeps(source, logits),
     )
     return ratings
+
+
+def _keeps(source: Tensor, logits: Tensor) -> bool:
+    """Whether the kernels of the CPU find the gradient of the bridge's hidden units in forward.
+
+    A rating's gradient is a number, by which everything before it can be multiplied later. What
+    backward needs not repeat for it are D*D*H multiply-adds a user, at K*H numbers to keep.
+    """
+    return (
+        torch.is_grad_enabled()
+        and source.device.type in _KEEPING
+        and source.shape[-1] ** 2 >= 32 * logits.shape[-2]
+    )
 
 
 def _padded(
@@ -225,17 +241,18 @@ def _check_history(history: Any, table: Tensor | None, batch: int | None, like: 
 
 def _fake(
     history: Tensor, table: Tensor | None, source: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = [t for t in (history, table, *others) if isinstance(t, Tensor)]
     if any(t.device != source.device for t in given):  # a meta tensor among others leads here
         raise RuntimeError("mimnet_forward: the tensors are on several devices")
     batch, d = source.shape
-    k = others[2 + _PARAMETERS].shape[-2]
+    k, hidden = others[2 + _PARAMETERS].shape[-2], others[3].shape[0]
     saved = saved_dtype(source.dtype)
     return (
         source.new_empty(batch),
         source.new_empty(batch, k, d, dtype=saved),
         source.new_empty(batch, k, d, dtype=saved),
+        source.new_empty((batch, k, hidden) if others[-1] else 0, dtype=saved),
     )
 
 
@@ -245,24 +262,24 @@ def _differentiable(history: Any, source: Any, *others: Any) -> tuple[Any, ...]:
 
 
 def _fake_backward(
-    grad: Tensor, pooled: Tensor, transferred: Tensor, *args: Any
+    grad: Tensor, pooled: Tensor, transferred: Tensor, hidden_grad: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     history, _, *others, needs = args
     return _autograd.empty_or_like(_differentiable(history, *others), grad, needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.iterations, ctx.padding = inputs
-    _, pooled, transferred = output
-    ctx.mark_non_differentiable(pooled, transferred)
+    *tensors, ctx.iterations, ctx.padding, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pooled, transferred, *tensors)
+    ctx.save_for_backward(*kept, *tensors)
 
 
 def _backward(
-    kernel: Any, ctx: Any, grad: Tensor | None, _pooled: None, _transferred: None
+    kernel: Any, ctx: Any, grad: Tensor | None, *_kept: None
 ) -> tuple[Tensor | None, ...]:
-    pooled, transferred, history, table, *others = ctx.saved_tensors
+    pooled, transferred, hidden_grad, history, table, *others = ctx.saved_tensors
     logits, mask = others[-2:]
     flags = ctx.needs_input_grad
     needs = list(_differentiable(flags[0], *flags[2:]))
@@ -293,6 +310,7 @@ def _backward(
             grad,
             pooled,
             transferred,
+            hidden_grad,
             history,
             table,
             *others,
@@ -301,7 +319,7 @@ def _backward(
             _autograd.bits(tuple(needs)),
         )
         grads = _autograd.wanted(found, needs)
-    return (grads[0], None, *grads[1:], *(None,) * 4)
+    return (grads[0], None, *grads[1:], *(None,) * 5)
 
 
 _CALLS = _autograd.register("mimnet_forward", _fake, _fake_backward, _setup, _backward)

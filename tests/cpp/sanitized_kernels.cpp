@@ -332,7 +332,7 @@ void fusion_case(DType t, Shape s, int64_t candidates) {
   grad_weights.check();
 }
 
-void mimnet_case(DType t, Shape s, bool ids) {
+void mimnet_case(DType t, Shape s, bool ids, bool keep) {
   constexpr int64_t items = 11;
   Tensor embedded = Tensor(t, {s.b, s.l, s.d}, 1).random();
   Tensor history = Tensor(DType::int64, {s.b, s.l}).integers(items);
@@ -346,6 +346,7 @@ void mimnet_case(DType t, Shape s, bool ids) {
   Tensor logits = Tensor(t, {s.b, s.k, s.l}).random();
   Tensor lengths = Tensor(DType::int64, {s.b}).integers(s.l + 1);
   Tensor ratings(t, {s.b}), pooled(t, {s.b, s.k, s.d}), transferred(t, {s.b, s.k, s.d});
+  Tensor hidden_grad(t, {s.b, s.k, s.h});
   Tensor grad = Tensor(t, {s.b}).random(), grad_history(t, {s.b, s.l, s.d});
   Tensor grad_source(t, {s.b, s.d}), grad_item(t, {s.b, s.d}), grad_prototype(t, {s.b, s.d});
   Tensor grad_routing(t, {s.d, s.d}), grad_w1(t, {s.h, s.d}), grad_b1(t, {s.h});
@@ -369,6 +370,7 @@ void mimnet_case(DType t, Shape s, bool ids) {
   args.ratings = ratings;
   args.pooled = pooled;
   args.transferred = transferred;
+  if (keep) args.hidden_grad = hidden_grad;
   args.execution.parallel = two_threads();
   kernels().mimnet_forward(args);
   args.grad = grad;
@@ -527,7 +529,7 @@ int main() {
         bridge_case(t, s, flag);
         attention_case(t, s, flag ? 3 : 1, flag);
         fusion_case(t, s, flag ? 3 : 1);
-        mimnet_case(t, s, flag);
+        for (const bool keep : {false, true}) mimnet_case(t, s, flag, keep);
         catalogue_case(t, s, 60, flag);
         training_case(t, s, flag);
       }

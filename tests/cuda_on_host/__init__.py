@@ -51,3 +51,4 @@ def load() -> None:
     backends._SERVE_FLOAT64.remove(("native", "cpu"))
     options = importlib.import_module("mimnet_fast.ops.dynamic_routing").SERVE_SOME_OPTIONS
     options["cpu"] = options["cuda"]
+    importlib.import_module("mimnet_fast.ops.mimnet_forward")._KEEPING.clear()
