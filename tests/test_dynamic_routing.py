@@ -460,3 +460,17 @@ def test_random_numbers_are_never_drawn(backend):
     state = torch.get_rng_state()
     call(backend=backend)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("squash", SQUASH_FORMS)
+def test_inputs_that_the_weight_nearly_annihilates(backend, squash):
+    """Their capsules are short, and their norms are not to be lost beside those of the inputs."""
+    b, d = some_users(backend, 40), 8
+    call = routing_call(b=b, length=9, k=5, d_in=d, d=d, squash=squash)
+    inputs, weight, logits = call.args
+    left, values, right = torch.linalg.svd(weight)
+    values[1:] = 1e-4
+    inputs[1:] @= left[:, 1:] @ left[:, 1:].T  # all users but one
+    inputs[1:] *= 10
+    weight = left @ values.diag() @ right
+    replace(call, args=(inputs, weight, logits)).verify(backend)

@@ -1,5 +1,8 @@
 #include "dynamic_routing.h"
 
+#include <cmath>
+#include <optional>
+
 #include "ops.h"
 #include "weight_gradients.h"
 
@@ -34,6 +37,29 @@ View first_positions(View logits, int64_t length) {
 }
 
 }  // namespace
+
+template <class T>
+RoutingGram<T>::RoutingGram(const RoutingMatrices<T>& weight, int64_t d_in, int64_t d) {
+  Rows<T> columns;  // of the weight
+  columns.allocate(d, d_in);
+  const SharedMatrix<T> w = weight.at(0, 0);
+  for (int64_t j = 0; j < d; ++j) {
+    T* column = columns.get() + j * columns.width;
+    for (int64_t i = 0; i < d_in; ++i) column[i] = w.data[i * w.row + j * w.column];
+    for (int64_t i = d_in; i < columns.width; ++i) column[i] = T(0);
+  }
+  rows_.allocate(d_in, d_in);
+  const int64_t vectors = rows_.width / kLanes<T>, count = d_in * vectors;
+  const auto* sums = reinterpret_cast<Vec<T>*>(rows_.get());
+  multiply<T>({reinterpret_cast<Vec<T>*>(rows_.get()), 1, vectors},
+              {reinterpret_cast<const Vec<T>*>(columns.get()), 1, vectors}, weight.transposed(0, 0),
+              vectors, d_in, d, false);
+  Vec<T> norm2{};
+  for (int64_t i = 0; i < count; ++i) norm2 += sums[i] * sums[i];
+  T total = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) total += norm2[lane];
+  lost_ = std::sqrt(total) / 64;
+}
 
 template <class T>
 void softmax_logits(const RoutingPlan<T>& p, const RoutingLogits<T>& s, int64_t begin,
@@ -178,18 +204,52 @@ void compare_inputs(const RoutingPlan<T>& p, Vec<T>* out, const Vec<T>* back, co
   }
 }
 
+namespace {
+
+// back = squash(pooled W) W^T. The capsules are overwritten.
+template <class T>
+void see_capsules(const RoutingPlan<T>& p, RoutingState<T>& s) {
+  const int64_t k = p.capsules, d_in = p.d_in, d = p.d;
+  if (p.gram == nullptr) {
+    apply_routing_weight(p, s.capsules, s.pooled);
+    for (int64_t i = 0; p.inner_squash && i < k; ++i) {
+      squash_lanes<T>(s.capsules + i * d, d, p.squash);
+    }
+    return apply_routing_weight_transposed(p, s.back, s.capsules);
+  }
+  multiply<T>({s.back, d_in, 1}, {s.pooled, d_in, 1}, p.gram->matrix(), k, d_in, d_in, false);
+  for (int64_t i = 0; i < k; ++i) {
+    const Vec<T>* pooled = s.pooled + i * d_in;
+    Vec<T>* back = s.back + i * d_in;
+    Vec<T> norm2{}, pooled2{};
+    for (int64_t j = 0; j < d_in; ++j) {
+      norm2 += back[j] * pooled[j];
+      pooled2 += pooled[j] * pooled[j];
+    }
+    if (p.inner_squash) {
+      const Vec<T> factor = squash_factor<LaneMath<T>>(norm2, p.squash).factor;
+      for (int64_t j = 0; j < d_in; ++j) back[j] *= factor;
+    }
+    const auto lost = norm2 < p.gram->lost() * pooled2;
+    if (lanes_where<T>(lost) == 0) continue;
+    multiply<T>({s.capsules, d, 1}, {pooled, d_in, 1}, p.weight->at(0, 0), 1, d, d_in, false);
+    if (p.inner_squash) squash_lanes<T>(s.capsules, d, p.squash);
+    multiply<T>({s.seen, d_in, 1}, {s.capsules, d, 1}, p.weight->transposed(0, 0), 1, d_in, d,
+                false);
+    for (int64_t j = 0; j < d_in; ++j) back[j] = select(lost, s.seen[j], back[j]);
+  }
+}
+
+}  // namespace
+
 template <class T>
 void route(const RoutingPlan<T>& p, RoutingState<T>& s) {
   for (int64_t step = 1;; ++step) {
     softmax_logits(p, s, 0, p.length);
     mask_coupling(p, s);
     pool_inputs(p, s.pooled, s.coupling, s.inputs);
-    apply_routing_weight(p, s.capsules, s.pooled);
-    if (step == p.iterations) return;
-    if (p.inner_squash) {
-      for (int64_t i = 0; i < p.capsules; ++i) squash_lanes<T>(s.capsules + i * p.d, p.d, p.squash);
-    }
-    apply_routing_weight_transposed(p, s.back, s.capsules);
+    if (step == p.iterations) return apply_routing_weight(p, s.capsules, s.pooled);
+    see_capsules(p, s);
     compare_inputs(p, s.logits, s.back, s.inputs, true);
   }
 }
@@ -414,14 +474,19 @@ void forward(const RoutingArgs& args) {
   const RoutingMatrices<T> weight(args.weight);
   const Users<T> users(args);
   const Histories& histories = users.histories;
-  const RoutingPlan<T> whole = make_plan(args, weight, histories);
+  RoutingPlan<T> whole = make_plan(args, weight, histories);
+  const bool usual = whole.update == Update::accumulate && !whole.normalize_agreement;
+  std::optional<RoutingGram<T>> gram;
+  if (usual && whole.gram_pays()) {
+    gram.emplace(weight, whole.d_in, whole.d);
+    whole.gram = &*gram;
+  }
   const bool of_votes = routes_votes(whole);
   if (whole.kind == RoutingWeight::per_position && !of_votes)
     return route_positions(args, whole, users);
   const bool pools_inputs = of_votes && whole.kind == RoutingWeight::shared;
   const RoutingPlan<T> whole_routed = of_votes ? plan_of_votes(whole) : whole;
   const int64_t work = whole_routed.work() + (of_votes ? votes_work(whole) : 0);
-  const bool usual = whole.update == Update::accumulate && !whole.normalize_agreement;
   args.execution.parallel(users.blocks.groups, work * kLanes<T>, [&](int64_t begin, int64_t end) {
     const Scratch<T> memory(RoutingState<T>::vectors(whole_routed) +
                             (of_votes ? whole.input_vectors() : 0) +
@@ -624,6 +689,7 @@ void dynamic_routing_backward(const RoutingArgs& args) {
   template void apply_routing_weight_transposed<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*); \
   template void routing_input_gradient<T>(const RoutingPlan<T>&, Vec<T>*, const Vec<T>*,           \
                                           const Vec<T>*, int64_t);                                 \
+  template class RoutingGram<T>;                                                                   \
   template class LogitGradients<T>;
 MIMNET_FAST_INSTANTIATE(float)
 MIMNET_FAST_INSTANTIATE(double)

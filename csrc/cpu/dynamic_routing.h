@@ -52,11 +52,30 @@ class RoutingMatrices {
   int64_t last_ = 0;                                           // position
 };
 
+// G = W W^T of a shared weight W. In every pass but the last, a weighted sum p becomes a capsule
+// u = p W only to be squashed and seen from the input space again, factor(|u|^2) u W^T. That is
+// factor(p G . p) p G: one product instead of two.
+template <class T>
+class RoutingGram {
+ public:
+  RoutingGram(const RoutingMatrices<T>& weight, int64_t d_in, int64_t d);
+
+  SharedMatrix<T> matrix() const { return {rows_.get(), rows_.width, 1}; }
+  // |p W|^2 as a share of |p|^2 below which W nearly annihilates p, and p G is mostly the rounding
+  // of G: those capsules are formed.
+  T lost() const { return lost_; }
+
+ private:
+  Rows<T> rows_;
+  T lost_;
+};
+
 template <class T>
 struct RoutingPlan {
   int64_t length, capsules, d_in, d;
   RoutingWeight kind;
   const RoutingMatrices<T>* weight;  // null without one
+  const RoutingGram<T>* gram;        // null where every pass applies the weight
   int64_t iterations;
   SoftmaxAxis axis;
   Padding padding;
@@ -68,6 +87,11 @@ struct RoutingPlan {
 
   int64_t input_vectors() const {
     return length * d_in * (kind == RoutingWeight::none_per_capsule ? capsules : 1);
+  }
+  // Whether `route` takes fewer products with a Gram matrix, its own included.
+  bool gram_pays() const {
+    return kind == RoutingWeight::shared &&
+           (iterations - 1) * capsules * (2 * d - d_in) * kLanes<T> > d_in * d;
   }
   // Multiply-adds per user.
   int64_t work() const {
@@ -121,13 +145,15 @@ struct RoutingState : RoutingLogits<T> {
   Vec<T>* pooled;        // K x D_in
   Vec<T>* capsules;      // K x D: the last weighted sums after the weight, not squashed
   Vec<T>* back;          // K x D_in: capsules seen from the input space
+  Vec<T>* seen;          // D_in: one of them
   Vec<T>* agreement;     // K x L, and
   Vec<T>* inverse_norm;  // K x L: 1 / |vote|; both only to normalise the agreement
   Vec<T>* votes;         // a tile of them, to find their norms
 
   static int64_t vectors(const RoutingPlan<T>& p) {
     return p.input_vectors() + (p.normalize_agreement ? 4 : 2) * p.capsules * p.length +
-           2 * p.capsules * p.d_in + p.capsules * p.d + p.length + p.capsules + tile_vectors(p);
+           (2 * p.capsules + 1) * p.d_in + p.capsules * p.d + p.length + p.capsules +
+           tile_vectors(p);
   }
   static int64_t tile_vectors(const RoutingPlan<T>& p) {
     return p.normalize_agreement && p.weight != nullptr ? kTileM * p.d : 0;
@@ -139,6 +165,7 @@ struct RoutingState : RoutingLogits<T> {
         pooled(scratch.take(p.capsules * p.d_in)),
         capsules(scratch.take(p.capsules * p.d)),
         back(scratch.take(p.capsules * p.d_in)),
+        seen(scratch.take(p.d_in)),
         agreement(scratch.take(p.normalize_agreement ? p.capsules * p.length : 0)),
         inverse_norm(scratch.take(p.normalize_agreement ? p.capsules * p.length : 0)),
         votes(scratch.take(tile_vectors(p))) {}

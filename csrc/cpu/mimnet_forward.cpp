@@ -21,13 +21,14 @@ template <class T>
 struct Plan {
   int64_t batch, k, d;
   RoutingMatrices<T> routing_weight;
+  std::optional<RoutingGram<T>> gram;
   RoutingPlan<T> routing;
   BridgePlan<T> bridge;
   FusionPlan<T> fusion;
   Histories histories;
   Blocks<T> blocks;
 
-  explicit Plan(const MIMNetArgs& args)
+  Plan(const MIMNetArgs& args, bool routes)
       : batch(args.source.size[0]),
         k(args.logits.size[args.logits.dims - 2]),
         d(args.source.size[1]),
@@ -50,6 +51,10 @@ struct Plan {
     routing.inner_squash = true;
     routing.inverse_temperature = T(1);
     routing.squash = {SquashForm::sqrt_eps, 1e-8, 1.0};
+    if (routes && routing.gram_pays()) {
+      gram.emplace(routing_weight, d, d);
+      routing.gram = &*gram;
+    }
   }
 
   // Multiply-adds per block.
@@ -111,7 +116,7 @@ void load_history(Vec<T>* lanes, const Plan<T>& p, const MIMNetArgs& args, Group
 
 template <class T>
 void forward(const MIMNetArgs& args) {
-  const Plan<T> p(args);
+  const Plan<T> p(args, true);
   const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, most = p.blocks.per_block;
   const bool keep = bool(args.hidden_grad);
   args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
@@ -300,7 +305,7 @@ class GroupGradients {
 
 template <class T>
 void backward(const MIMNetArgs& args) {
-  const Plan<T> p(args);
+  const Plan<T> p(args, bool(args.grad_history));
   const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, batch = p.batch;
   GroupGradients<T> by_group(p, args);
   std::optional<UserRows<T>> all;
