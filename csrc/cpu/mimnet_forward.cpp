@@ -114,60 +114,123 @@ void load_history(Vec<T>* lanes, const Plan<T>& p, const MIMNetArgs& args, Group
   });
 }
 
+// The arrays of one block, and where its users are.
+template <class T>
+struct BlockState {
+  Vec<T>* pooled;    // K x D
+  Vec<T>* capsules;  // K x D, not squashed
+  Vec<T>* interests;
+  Vec<T>* interests_grad;
+  Vec<T>* transferred;
+  Vec<T>* transferred_grad;
+  Vec<T>* source;  // D
+  Vec<T>* source_grad;
+  Vec<T>* item;
+  Vec<T>* item_grad;
+  Vec<T>* prototype;
+  Vec<T>* prototype_grad;
+  Vec<T>* user_grad;
+  Vec<T>* rating_grad;  // 1
+  Scratch<T> routing;   // of one group
+  BridgeState<T> bridge;
+  FusionState<T> fusion;
+  Group places[Blocks<T>::kMost];
+  int64_t groups = 0;
+
+  static int64_t vectors(const Plan<T>& p, int64_t most, bool all_panels) {
+    return most * (6 * p.k * p.d + 7 * p.d + 1) + RoutingState<T>::vectors(p.routing) +
+           BridgeState<T>::vectors(p.bridge, most, all_panels) +
+           FusionState<T>::vectors(p.fusion, most);
+  }
+  BlockState(const Plan<T>& p, int64_t most, bool all_panels, Scratch<T>& scratch)
+      : pooled(scratch.take(most * p.k * p.d)),
+        capsules(scratch.take(most * p.k * p.d)),
+        interests(scratch.take(most * p.k * p.d)),
+        interests_grad(scratch.take(most * p.k * p.d)),
+        transferred(scratch.take(most * p.k * p.d)),
+        transferred_grad(scratch.take(most * p.k * p.d)),
+        source(scratch.take(most * p.d)),
+        source_grad(scratch.take(most * p.d)),
+        item(scratch.take(most * p.d)),
+        item_grad(scratch.take(most * p.d)),
+        prototype(scratch.take(most * p.d)),
+        prototype_grad(scratch.take(most * p.d)),
+        user_grad(scratch.take(most * p.d)),
+        rating_grad(scratch.take(most)),
+        routing(scratch.take(RoutingState<T>::vectors(p.routing))),
+        bridge(p.bridge, most, all_panels, scratch),
+        fusion(p.fusion, most, scratch) {}
+
+  // Takes the place of the block before.
+  void load(const MIMNetArgs& args, const Blocks<T>& blocks, int64_t block) {
+    const int64_t d = args.source.size[1];
+    groups = blocks.size(block);
+    for (int64_t g = 0; g < groups; ++g) {
+      places[g] = blocks.group(block, g);
+      load_rows<T>(source + g * d, args.source, places[g]);
+      load_rows<T>(item + g * d, args.item, places[g]);
+      load_rows<T>(prototype + g * d, args.prototype, places[g]);
+    }
+  }
+};
+
+template <class T>
+void squash_capsules(const Plan<T>& p, BlockState<T>& s) {
+  const int64_t d = p.d;
+  copy_vectors<T>(s.interests, s.capsules, s.groups * p.k * d);
+  for (int64_t i = 0; i < s.groups * p.k; ++i) {
+    squash_lanes<T>(s.interests + i * d, d, p.routing.squash);
+  }
+}
+
+// From histories to the output of the attentions, and to ratings.
+template <class T>
+void rate(const Plan<T>& p, BlockState<T>& s, const MIMNetArgs& args) {
+  const int64_t k = p.k, d = p.d;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    const Group group = s.places[g];
+    const RoutingPlan<T> plan = plan_of_group(p.routing, p.histories, group);
+    Scratch<T> of_group = s.routing;
+    RoutingState<T> routing(plan, of_group);
+    routing.pooled = s.pooled + g * k * d;
+    routing.capsules = s.capsules + g * k * d;
+    load_history<T>(routing.inputs, p, args, group);
+    load_routing_options<T>(plan, routing, args.logits, args.mask, View{}, group, p.histories);
+    route<T>(plan, routing);
+  }
+  squash_capsules(p, s);
+  bridge_forward<T>(p.bridge, s.bridge, s.transferred, s.interests, s.source, s.groups);
+  fuse<T>(p.fusion, s.fusion, s.item, s.prototype, s.transferred, s.groups);
+  fuse_values<T>(p.fusion, s.fusion, s.groups);
+  for (int64_t g = 0; g < s.groups; ++g) {
+    Vec<T> rating{};
+    for (int64_t i = g * d; i < (g + 1) * d; ++i) rating += s.fusion.out[i] * s.item[i];
+    store_column<T>(rating, args.ratings, s.places[g]);
+  }
+}
+
 template <class T>
 void forward(const MIMNetArgs& args) {
   const Plan<T> p(args, true);
-  const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, most = p.blocks.per_block;
+  const int64_t most = p.blocks.per_block;
   const bool keep = bool(args.hidden_grad);
   args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(most * (3 * k * d + 3 * d) + RoutingState<T>::vectors(p.routing) +
-                       FusionState<T>::vectors(p.fusion, most) +
-                       BridgeState<T>::vectors(p.bridge, most, keep));
-    Vec<T>* interests = scratch.take(most * k * d);
-    Vec<T>* transferred = scratch.take(most * k * d);
-    Vec<T>* transferred_grad = scratch.take(most * k * d);
-    Vec<T>* source = scratch.take(most * d);
-    Vec<T>* item = scratch.take(most * d);
-    Vec<T>* prototype = scratch.take(most * d);
-    const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
-    BridgeState<T> bridge(p.bridge, most, keep, scratch);
-    FusionState<T> fusion(p.fusion, most, scratch);
+    Scratch<T> scratch(BlockState<T>::vectors(p, most, keep));
+    BlockState<T> s(p, most, keep, scratch);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t groups = p.blocks.size(block);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = p.blocks.group(block, g);
-        const RoutingPlan<T> plan = plan_of_group(p.routing, p.histories, group);
-        Scratch<T> of_group = routing_memory;
-        RoutingState<T> routing(plan, of_group);
-        load_history<T>(routing.inputs, p, args, group);
-        load_routing_options<T>(plan, routing, args.logits, args.mask, View{}, group, p.histories);
-        route<T>(plan, routing);
-        store_matrix<T>(routing.pooled, args.pooled, group);
-        for (int64_t i = 0; i < k * d; ++i) interests[g * k * d + i] = routing.capsules[i];
-        for (int64_t i = 0; i < k; ++i) {
-          squash_lanes<T>(interests + (g * k + i) * d, d, p.routing.squash);
-        }
-        load_rows<T>(source + g * d, args.source, group);
-        load_rows<T>(item + g * d, args.item, group);
-        load_rows<T>(prototype + g * d, args.prototype, group);
+      s.load(args, p.blocks, block);
+      rate(p, s, args);
+      if (keep) {
+        fuse_backward<T>(p.fusion, s.fusion, nullptr, nullptr, s.transferred_grad, s.item,
+                         s.transferred, s.groups);
+        bridge_hidden_backward<T>(p.bridge, s.bridge, s.transferred_grad, s.source, s.groups);
       }
-      bridge_forward<T>(p.bridge, bridge, transferred, interests, source, groups);
-      fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
-      fuse_values<T>(p.fusion, fusion, groups);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = p.blocks.group(block, g);
-        Vec<T> rating{};
-        for (int64_t i = g * d; i < (g + 1) * d; ++i) rating += fusion.out[i] * item[i];
-        store_column<T>(rating, args.ratings, group);
-        store_matrix<T>(transferred + g * k * d, args.transferred, group);
-      }
-      if (!keep) continue;
-      fuse_backward<T>(p.fusion, fusion, nullptr, nullptr, transferred_grad, item, transferred,
-                       groups);
-      bridge_hidden_backward<T>(p.bridge, bridge, transferred_grad, source, groups);
-      for (int64_t g = 0; g < groups; ++g) {
-        store_matrix<T>(bridge.hidden_grad + g * k * hidden, args.hidden_grad,
-                        p.blocks.group(block, g));
+      for (int64_t g = 0; g < s.groups; ++g) {
+        const Group group = s.places[g];
+        store_matrix<T>(s.pooled + g * p.k * p.d, args.pooled, group);
+        store_matrix<T>(s.transferred + g * p.k * p.d, args.transferred, group);
+        if (!keep) continue;
+        store_matrix<T>(s.bridge.hidden_grad + g * p.k * p.bridge.hidden, args.hidden_grad, group);
       }
     }
   });
@@ -303,10 +366,11 @@ class GroupGradients {
   Buffer<T> sums_;  // `count_` of `size_` each
 };
 
-template <class T>
-void backward(const MIMNetArgs& args) {
-  const Plan<T> p(args, bool(args.grad_history));
-  const int64_t k = p.k, d = p.d, hidden = p.bridge.hidden, batch = p.batch;
+// All gradients. `start` fills, of every block that was loaded, what `rate` does, and rating_grad;
+// the gradient of the bridge's hidden units too where that was kept.
+template <class T, class Start>
+void differentiate(const Plan<T>& p, const MIMNetArgs& args, bool all_panels, Start&& start) {
+  const int64_t k = p.k, d = p.d, batch = p.batch;
   GroupGradients<T> by_group(p, args);
   std::optional<UserRows<T>> all;
   if (!by_group) all.emplace(p, batch);
@@ -325,85 +389,50 @@ void backward(const MIMNetArgs& args) {
       bridge_rows[g] = &rows[g]->bridge;
     }
     const int64_t gradient_vectors = by_group ? BridgeW2Gradient<T>::vectors(p.bridge) : 0;
-    Scratch<T> scratch(most * (5 * k * d + 7 * d) + k * d + RoutingState<T>::vectors(p.routing) +
-                       FusionState<T>::vectors(p.fusion, most) +
-                       BridgeState<T>::vectors(p.bridge, most, false) + gradient_vectors);
+    Scratch<T> scratch(BlockState<T>::vectors(p, most, all_panels) + gradient_vectors);
     const Scratch<T> gradient_memory(scratch.take(gradient_vectors));
-    Vec<T>* capsules = scratch.take(most * k * d);
-    Vec<T>* interests = scratch.take(most * k * d);
-    Vec<T>* interests_grad = scratch.take(most * k * d);
-    Vec<T>* transferred = scratch.take(most * k * d);
-    Vec<T>* transferred_grad = scratch.take(most * k * d);
-    Vec<T>* source = scratch.take(most * d);
-    Vec<T>* source_grad = scratch.take(most * d);
-    Vec<T>* item = scratch.take(most * d);
-    Vec<T>* item_grad = scratch.take(most * d);
-    Vec<T>* prototype = scratch.take(most * d);
-    Vec<T>* prototype_grad = scratch.take(most * d);
-    Vec<T>* user_grad = scratch.take(most * d);
-    Vec<T>* pooled = scratch.take(k * d);
-    const Scratch<T> routing_memory(scratch.take(RoutingState<T>::vectors(p.routing)));
-    BridgeState<T> bridge(p.bridge, most, false, scratch);
-    FusionState<T> fusion(p.fusion, most, scratch);
+    BlockState<T> s(p, most, all_panels, scratch);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t groups = blocks.size(block);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = blocks.group(block, g);
-        places[g] = by_group ? Group{g % together * kLanes<T>, group.users} : group;
-        load_matrix<T>(pooled, args.pooled, group);
-        apply_routing_weight<T>(p.routing, capsules + g * k * d, pooled);
-        const Rows<T>& to = rows[g]->pooled;
-        for (int64_t i = 0; i < k; ++i) {
-          save_rows<T>(to.get(), to.width, pooled + i * d, d, places[g], k, i);
-        }
-        for (int64_t i = g * k * d; i < (g + 1) * k * d; ++i) interests[i] = capsules[i];
-        for (int64_t i = 0; i < k; ++i) {
-          squash_lanes<T>(interests + (g * k + i) * d, d, p.routing.squash);
-        }
-        load_matrix<T>(transferred + g * k * d, args.transferred, group);
-        load_rows<T>(source + g * d, args.source, group);
-        load_rows<T>(item + g * d, args.item, group);
-        load_rows<T>(prototype + g * d, args.prototype, group);
+      s.load(args, blocks, block);
+      start(s);
+      for (int64_t g = 0; g < s.groups; ++g) {
+        places[g] = by_group ? Group{g % together * kLanes<T>, s.places[g].users} : s.places[g];
+        for (int64_t i = g * d; i < (g + 1) * d; ++i) s.user_grad[i] = s.rating_grad[g] * s.item[i];
       }
-      fuse<T>(p.fusion, fusion, item, prototype, transferred, groups);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Vec<T> grad = load_column<T>(args.grad, blocks.group(block, g));
-        for (int64_t i = g * d; i < (g + 1) * d; ++i) user_grad[i] = grad * item[i];
-        if (!args.hidden_grad) continue;
-        Vec<T>* hidden_grad = bridge.hidden_grad + g * k * hidden;
-        load_matrix<T>(hidden_grad, args.hidden_grad, blocks.group(block, g));
-        for (int64_t i = 0; i < k * hidden; ++i) hidden_grad[i] *= grad;
-      }
-      fuse_backward<T>(p.fusion, fusion, args.grad_item ? item_grad : nullptr,
-                       args.grad_prototype ? prototype_grad : nullptr, transferred_grad, user_grad,
-                       transferred, groups);
-      if (args.grad_item) fuse_values<T>(p.fusion, fusion, groups);
-      bridge_hidden<T>(p.bridge, bridge, interests, groups);
+      fuse_backward<T>(p.fusion, s.fusion, args.grad_item ? s.item_grad : nullptr,
+                       args.grad_prototype ? s.prototype_grad : nullptr, s.transferred_grad,
+                       s.user_grad, s.transferred, s.groups);
       if (!args.hidden_grad) {
-        bridge_hidden_backward<T>(p.bridge, bridge, transferred_grad, source, groups);
+        bridge_hidden_backward<T>(p.bridge, s.bridge, s.transferred_grad, s.source, s.groups);
       }
-      bridge_backward<T>(p.bridge, bridge, interests_grad, args.grad_source ? source_grad : nullptr,
-                         transferred_grad, interests, source, groups, bridge_rows, places);
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = blocks.group(block, g);
-        Vec<T>* capsule_grad = interests_grad + g * k * d;
-        const Rows<T>& to = rows[g]->capsules;
+      bridge_backward<T>(p.bridge, s.bridge, s.interests_grad,
+                         args.grad_source ? s.source_grad : nullptr, s.transferred_grad,
+                         s.interests, s.source, s.groups, bridge_rows, places);
+      if (args.grad_item) fuse_values<T>(p.fusion, s.fusion, s.groups);
+      for (int64_t g = 0; g < s.groups; ++g) {
+        const Group group = s.places[g];
+        Vec<T>* capsule_grad = s.interests_grad + g * k * d;
+        const Rows<T>&pooled = rows[g]->pooled, &capsules = rows[g]->capsules;
         for (int64_t i = 0; i < k; ++i) {
-          squash_backward_lanes<T>(capsule_grad + i * d, capsules + (g * k + i) * d, d,
-                                   p.routing.squash);
-          save_rows<T>(to.get(), to.width, capsule_grad + i * d, d, places[g], k, i);
+          const int64_t at = (g * k + i) * d;
+          squash_backward_lanes<T>(capsule_grad + i * d, s.capsules + at, d, p.routing.squash);
+          save_rows<T>(pooled.get(), pooled.width, s.pooled + at, d, places[g], k, i);
+          save_rows<T>(capsules.get(), capsules.width, capsule_grad + i * d, d, places[g], k, i);
         }
-        rows[g]->fusion.save(p.fusion, fusion, item, prototype, g, places[g]);
+        rows[g]->fusion.save(p.fusion, s.fusion, s.item, s.prototype, g, places[g]);
         if (args.grad_item) {
-          const Vec<T> grad = load_column<T>(args.grad, group);
-          for (int64_t i = g * d; i < (g + 1) * d; ++i) item_grad[i] += grad * fusion.out[i];
-          store_rows<T>(item_grad + g * d, args.grad_item, group);
+          for (int64_t i = g * d; i < (g + 1) * d; ++i) {
+            s.item_grad[i] += s.rating_grad[g] * s.fusion.out[i];
+          }
+          store_rows<T>(s.item_grad + g * d, args.grad_item, group);
         }
-        if (args.grad_prototype) store_rows<T>(prototype_grad + g * d, args.grad_prototype, group);
-        if (args.grad_source) store_rows<T>(source_grad + g * d, args.grad_source, group);
-        if (args.grad_history) history_backward(p, args, routing_memory, capsule_grad, group);
+        if (args.grad_prototype) {
+          store_rows<T>(s.prototype_grad + g * d, args.grad_prototype, group);
+        }
+        if (args.grad_source) store_rows<T>(s.source_grad + g * d, args.grad_source, group);
+        if (args.grad_history) history_backward(p, args, s.routing, capsule_grad, group);
       }
-      for (int64_t g = 0; by_group && g < groups; g += together) {
+      for (int64_t g = 0; by_group && g < s.groups; g += together) {
         by_group.add(p, args, *rows[g], (block * most + g) / together, gradient_memory);
       }
     }
@@ -414,6 +443,28 @@ void backward(const MIMNetArgs& args) {
   const BridgeW2Gradient<T> w2(p.bridge, all->bridge, batch, args.grad_w2,
                                args.execution.parallel.threads);
   run_gradients(gradients, w2, p.bridge.work() * batch, args.execution.parallel);
+}
+
+template <class T>
+void backward(const MIMNetArgs& args) {
+  const Plan<T> p(args, bool(args.grad_history));
+  const int64_t kd = p.k * p.d, kh = p.k * p.bridge.hidden;
+  differentiate(p, args, false, [&](BlockState<T>& s) {
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const Group group = s.places[g];
+      load_matrix<T>(s.pooled + g * kd, args.pooled, group);
+      load_matrix<T>(s.transferred + g * kd, args.transferred, group);
+      apply_routing_weight<T>(p.routing, s.capsules + g * kd, s.pooled + g * kd);
+      s.rating_grad[g] = load_column<T>(args.grad, group);
+      if (!args.hidden_grad) continue;
+      Vec<T>* hidden_grad = s.bridge.hidden_grad + g * kh;
+      load_matrix<T>(hidden_grad, args.hidden_grad, group);
+      for (int64_t i = 0; i < kh; ++i) hidden_grad[i] *= s.rating_grad[g];
+    }
+    squash_capsules(p, s);
+    bridge_hidden<T>(p.bridge, s.bridge, s.interests, s.groups);
+    fuse<T>(p.fusion, s.fusion, s.item, s.prototype, s.transferred, s.groups);
+  });
 }
 
 }  // namespace
