@@ -474,3 +474,6 @@ def test_inputs_that_the_weight_nearly_annihilates(backend, squash):
     inputs[1:] *= 10
     weight = left @ values.diag() @ right
     replace(call, args=(inputs, weight, logits)).verify(backend)
+    together = ops.dynamic_routing(inputs, weight, logits, squash=squash, backend=backend)
+    alone = ops.dynamic_routing(inputs[:1], weight, logits[:1], squash=squash, backend=backend)
+    assert torch.equal(together[:1], alone), "what is done for the others changes nobody else"

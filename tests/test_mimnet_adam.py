@@ -17,6 +17,7 @@ SHAPES = {
         "paper": (90, 70, 10, 7, 20, 50, 200, 64),
         "one_batch": (9, 9, 16, 1, 1, 1, 12, 99),
         "batches_of_one": (9, 9, 4, 3, 5, 7, 12, 1),
+        "wide": (9, 9, 33, 3, 4, 9, 20, 11),  # more parameters than rows of a few users
     }.items()
 }
 PARAMETERS = [

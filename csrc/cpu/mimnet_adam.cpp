@@ -1,10 +1,11 @@
-// Steps of Adam on MIMNet's second stage: rows of a batch are gathered, the kernels of
-// mimnet_forward give ratings and the gradient of the parameters, and all parameters move. One
-// after another they are a vector, which Adam sees as such.
+// Steps of Adam on MIMNet's second stage: rows of a batch are gathered, one pass gives ratings and
+// the gradient of the parameters, and all parameters move. One after another they are a vector,
+// which Adam sees as such.
 #include <cstring>
 #include <vector>
 
 #include "adam.h"
+#include "mimnet_forward.h"
 #include "ops.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
@@ -120,14 +121,10 @@ void run(const TrainingArgs& args) {
   const int64_t most = args.batch_size < ratings ? args.batch_size : ratings;
   const int64_t count = args.parameters.size[0];
   // Not from the memory of a call, which the kernels of every step are to have anew.
-  std::vector<T> gradients(static_cast<size_t>(count)), rated(static_cast<size_t>(most)),
-      slopes(static_cast<size_t>(most)), pooled(size_t(most * k * d)),
-      transferred(size_t(most * k * d));
-  const bool keep = d * d >= 32 * k;  // as mimnet_fast/ops/mimnet_forward.py has it
-  std::vector<T> hidden_grad(keep ? size_t(most * k * args.hidden) : 0);
+  std::vector<T> gradients(static_cast<size_t>(count)), rated(static_cast<size_t>(most));
   Gathered<int64_t> histories(args.histories, most), lengths(args.lengths, most);
   Gathered<T> source(args.source_table, most), item(args.item_table, most),
-      prototype(args.prototype_table, most);
+      prototype(args.prototype_table, most), weight(args.weights, most);
   const auto memory = [](const View& v) { return static_cast<T*>(v.data); };
   const Optimizer<T> optimizer = {memory(args.parameters), memory(args.first), memory(args.second),
                                   memory(args.average), count};
@@ -162,21 +159,17 @@ void run(const TrainingArgs& args) {
     model.prototype = prototype(items + first, size);
     model.logits = array(memory(args.logits) + first * k * length, {size, k, length});
     model.ratings = array(rated.data(), {size});
-    model.pooled = array(pooled.data(), {size, k, d});
-    model.transferred = array(transferred.data(), {size, k, d});
-    if (keep) model.hidden_grad = array(hidden_grad.data(), {size, k, args.hidden});
-    mimnet_forward(model);
+    SquaredErrors errors{};
+    errors.target = array(memory(args.ratings) + first, {size});
+    if (args.weights) errors.weight = weight(users + first, size);
+    mimnet_descent<T>(model, errors);
 
     double loss = 0;
     for (int64_t n = 0; n < size; ++n) {
-      const T weight = args.weights ? memory(args.weights)[users[first + n]] : T(1);
-      const T error = rated[size_t(n)] - memory(args.ratings)[first + n];
-      slopes[size_t(n)] = 2 * weight * error / T(size);
-      loss += double(weight) * double(error) * double(error);
+      const double error = double(rated[size_t(n)] - memory(args.ratings)[first + n]);
+      loss += (args.weights ? double(weight.get()[n]) : 1.0) * error * error;
     }
     memory(args.losses)[step] = T(loss / double(size));
-    model.grad = array(slopes.data(), {size});
-    mimnet_forward_backward(model);
 
     const double done = double(args.adam.first_step + step);
     const double most_share = done / (9 + done);

@@ -1,3 +1,5 @@
+#include "mimnet_forward.h"
+
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -130,15 +132,16 @@ struct BlockState {
   Vec<T>* prototype;
   Vec<T>* prototype_grad;
   Vec<T>* user_grad;
-  Vec<T>* rating_grad;  // 1
-  Scratch<T> routing;   // of one group
+  Vec<T>* rating;  // 1
+  Vec<T>* rating_grad;
+  Scratch<T> routing;  // of one group
   BridgeState<T> bridge;
   FusionState<T> fusion;
   Group places[Blocks<T>::kMost];
   int64_t groups = 0;
 
   static int64_t vectors(const Plan<T>& p, int64_t most, bool all_panels) {
-    return most * (6 * p.k * p.d + 7 * p.d + 1) + RoutingState<T>::vectors(p.routing) +
+    return most * (6 * p.k * p.d + 7 * p.d + 2) + RoutingState<T>::vectors(p.routing) +
            BridgeState<T>::vectors(p.bridge, most, all_panels) +
            FusionState<T>::vectors(p.fusion, most);
   }
@@ -156,6 +159,7 @@ struct BlockState {
         prototype(scratch.take(most * p.d)),
         prototype_grad(scratch.take(most * p.d)),
         user_grad(scratch.take(most * p.d)),
+        rating(scratch.take(most)),
         rating_grad(scratch.take(most)),
         routing(scratch.take(RoutingState<T>::vectors(p.routing))),
         bridge(p.bridge, most, all_panels, scratch),
@@ -205,6 +209,7 @@ void rate(const Plan<T>& p, BlockState<T>& s, const MIMNetArgs& args) {
   for (int64_t g = 0; g < s.groups; ++g) {
     Vec<T> rating{};
     for (int64_t i = g * d; i < (g + 1) * d; ++i) rating += s.fusion.out[i] * s.item[i];
+    s.rating[g] = rating;
     store_column<T>(rating, args.ratings, s.places[g]);
   }
 }
@@ -468,6 +473,23 @@ void backward(const MIMNetArgs& args) {
 }
 
 }  // namespace
+
+template <class T>
+void mimnet_descent(const MIMNetArgs& args, const SquaredErrors& errors) {
+  check_ids(args.history, args.table);
+  const Plan<T> p(args, true);
+  differentiate(p, args, true, [&](BlockState<T>& s) {
+    rate(p, s, args);
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const Vec<T> error = s.rating[g] - load_column<T>(errors.target, s.places[g]);
+      s.rating_grad[g] = T(2) / T(p.batch) * error;
+      if (errors.weight) s.rating_grad[g] *= load_column<T>(errors.weight, s.places[g]);
+    }
+  });
+}
+
+template void mimnet_descent<float>(const MIMNetArgs&, const SquaredErrors&);
+template void mimnet_descent<double>(const MIMNetArgs&, const SquaredErrors&);
 
 void mimnet_forward(const MIMNetArgs& args) {
   check_ids(args.history, args.table);
