@@ -1,6 +1,7 @@
-// Histories of different lengths, one after another in the rows of a tensor: those of user b are
-// rows offsets[b] to offsets[b + 1]. A group costs as much as its longest history, so users are
-// visited in order of length; whatever they leave behind stands where it would in any other order.
+// Histories of different lengths in the rows of a tensor: one after another, those of user b being
+// rows offsets[b] to offsets[b + 1], or each at the start of as many rows as the longest may have.
+// A group costs as much as its longest history, so users are visited in order of length; whatever
+// they leave behind stands where it would in any other order.
 #pragma once
 
 #include "memory.h"
@@ -14,27 +15,31 @@ class Histories {
 
   // Offsets that nobody could check, those of a traced graph, are bounded: all rows belong to one
   // user each, and no other memory is touched.
-  Histories(const View& offsets, int64_t rows, int64_t lanes)
-      : batch_(offsets.size[0] - 1), starts_(batch_ + 1), order_(batch_) {
-    int64_t* const starts = starts_.get();
-    starts[0] = 0;
-    for (int64_t b = 1; b < batch_; ++b) {
-      const char* const from = at(offsets, b);
-      const int64_t offset = offsets.dtype == DType::int64
-                                 ? *reinterpret_cast<const int64_t*>(from)
-                                 : *reinterpret_cast<const int32_t*>(from);
-      starts[b] = offset < starts[b - 1] ? starts[b - 1] : (offset > rows ? rows : offset);
+  Histories(const View& offsets, int64_t rows, int64_t lanes) : Histories(offsets.size[0] - 1) {
+    int64_t start = 0;
+    for (int64_t b = 0; b < batch_; ++b) {
+      const int64_t end = b + 1 < batch_ ? bounded(integer(offsets, b + 1), start, rows) : rows;
+      set(b, start, end - start);
+      start = end;
     }
-    starts[batch_] = rows;
-    for (int64_t b = 0; b < batch_; ++b) longest_ = length(b) > longest_ ? length(b) : longest_;
     sort(lanes);
   }
 
-  explicit operator bool() const { return starts_.get() != nullptr; }
+  // The same of lengths, of at most so many positions.
+  static Histories of_lengths(const View& lengths, int64_t positions, int64_t lanes) {
+    Histories result(lengths.size[0]);
+    for (int64_t b = 0; b < result.batch_; ++b) {
+      result.set(b, b * positions, bounded(integer(lengths, b), 0, positions));
+    }
+    result.sort(lanes);
+    return result;
+  }
+
+  explicit operator bool() const { return known_; }
   int64_t batch() const { return batch_; }
   const int64_t* order() const { return order_.get(); }
   int64_t first(int64_t user) const { return starts_.get()[user]; }
-  int64_t length(int64_t user) const { return first(user + 1) - first(user); }
+  int64_t length(int64_t user) const { return lengths_.get()[user]; }
 
   // Positions to give to a group, or to any: an empty history has one that is not real.
   int64_t positions(Group group) const { return at_least_one(length(group.user(0))); }
@@ -62,6 +67,23 @@ class Histories {
   }
 
  private:
+  explicit Histories(int64_t batch)
+      : known_(true), batch_(batch), starts_(batch), lengths_(batch), order_(batch) {}
+
+  static int64_t integer(const View& view, int64_t i) {
+    const char* const from = at(view, i);
+    return view.dtype == DType::int64 ? *reinterpret_cast<const int64_t*>(from)
+                                      : *reinterpret_cast<const int32_t*>(from);
+  }
+  static int64_t bounded(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : (value > high ? high : value);
+  }
+  void set(int64_t user, int64_t start, int64_t length) {
+    starts_.get()[user] = start;
+    lengths_.get()[user] = length;
+    longest_ = length > longest_ ? length : longest_;
+  }
+
   static int64_t at_least_one(int64_t length) { return length > 0 ? length : 1; }
 
   // From long to short inside a group. Full groups are dealt so that any run of them has all
@@ -95,8 +117,9 @@ class Histories {
     return a == 1;
   }
 
+  bool known_ = false;
   int64_t batch_ = 0, longest_ = 0;
-  Buffer<int64_t> starts_, order_;
+  Buffer<int64_t> starts_, lengths_, order_;
 };
 
 // Row i of a matrix as values of one number each.

@@ -116,6 +116,7 @@ class Buffer {
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) : data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) {
     std::swap(data_, other.data_);
     return *this;

@@ -19,6 +19,31 @@ bool is_jagged(const MIMNetArgs& args) {
   return args.history.dims == (args.table.dims > 0 ? 1 : 2);
 }
 
+// With histories of given lengths as jagged ones with gaps between them: their padding costs
+// nothing. Where it has a weight or gets a gradient, they stay as they are.
+MIMNetArgs without_padding(const MIMNetArgs& call) {
+  MIMNetArgs args = call;
+  View& history = args.history;
+  const bool have_lengths = !is_jagged(call) && call.mask && call.mask.dims == 1;
+  if (!have_lengths || call.padding == Padding::fill_before || call.grad_history ||
+      history.stride[0] != history.size[1] * history.stride[1]) {
+    return args;
+  }
+  history.size[0] *= history.size[1];
+  --history.dims;
+  history.stride[0] = history.stride[1];
+  history.size[1] = history.size[2];
+  history.stride[1] = history.stride[2];
+  return args;
+}
+
+Histories histories_of(const MIMNetArgs& args, int64_t lanes) {
+  if (!is_jagged(args)) return {};
+  const int64_t batch = args.source.size[0], rows = args.history.size[0];
+  if (args.mask.size[0] > batch) return Histories(args.mask, rows, lanes);
+  return Histories::of_lengths(args.mask, rows / (batch > 0 ? batch : 1), lanes);
+}
+
 template <class T>
 struct Plan {
   int64_t batch, k, d;
@@ -37,8 +62,7 @@ struct Plan {
         routing_weight(args.routing_weight),
         bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.execution.parallel),
         fusion(args.fusion, k, d),
-        histories(is_jagged(args) ? Histories(args.mask, args.history.size[0], kLanes<T>)
-                                  : Histories()),
+        histories(histories_of(args, kLanes<T>)),
         blocks(batch, args.execution.parallel.threads, histories.order()) {
     routing = {};
     routing.length = histories ? histories.positions() : args.history.size[1];
@@ -215,7 +239,8 @@ void rate(const Plan<T>& p, BlockState<T>& s, const MIMNetArgs& args) {
 }
 
 template <class T>
-void forward(const MIMNetArgs& args) {
+void forward(const MIMNetArgs& call) {
+  const MIMNetArgs args = without_padding(call);
   const Plan<T> p(args, true);
   const int64_t most = p.blocks.per_block;
   const bool keep = bool(args.hidden_grad);
@@ -475,8 +500,9 @@ void backward(const MIMNetArgs& args) {
 }  // namespace
 
 template <class T>
-void mimnet_descent(const MIMNetArgs& args, const SquaredErrors& errors) {
-  check_ids(args.history, args.table);
+void mimnet_descent(const MIMNetArgs& call, const SquaredErrors& errors) {
+  check_ids(call.history, call.table);
+  const MIMNetArgs args = without_padding(call);
   const Plan<T> p(args, true);
   differentiate(p, args, true, [&](BlockState<T>& s) {
     rate(p, s, args);
