@@ -4,6 +4,32 @@
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 
+namespace {
+
+// Terms r of columns n, from[r * row + n * column], tile by tile of kTileN columns, as numbers or
+// in pairs.
+template <class T>
+void pack_tiles(T* to, const T* from, int64_t row, int64_t column, int64_t terms, int64_t columns,
+                bool in_pairs) {
+  for (int64_t n = 0; n < columns; n += kTileN) {
+    const int64_t width = columns - n < kTileN ? columns - n : kTileN;
+    for (int64_t r = 0; r < terms; r += in_pairs ? 2 : 1, to += kTileN) {
+      const T* at = from + r * row + n * column;
+      if (!in_pairs) {
+        for (int64_t c = 0; c < width; ++c) to[c] = at[c * column];
+        continue;
+      }
+      auto* bits = reinterpret_cast<int32_t*>(to);
+      for (int64_t c = 0; c < width; ++c) {
+        const float next = r + 1 < terms ? float(at[row + c * column]) : 0.0f;
+        bits[c] = pair_of(float(at[c * column]), next);
+      }
+    }
+  }
+}
+
+}  // namespace
+
 template <class T>
 BridgePlan<T>::BridgePlan(const View& w1_view, const View& b1_view, const View& w2_view,
                           const View& b2_view, int64_t k, int64_t source_width,
@@ -22,29 +48,87 @@ BridgePlan<T>::BridgePlan(const View& w1_view, const View& b1_view, const View& 
   const int64_t most = d_target < 6 ? d_target : 6;
   const int64_t count = (d_target + most - 1) / (most > 0 ? most : 1);
   panel_ = count > 0 ? (d_target + count - 1) / count : 1;
-  panel_stride_ = (panel_ * hidden + kTileN - 1) / kTileN * kTileN * d_source;
+  pairs = kPairs<T> && w2_view.dtype == DType::bfloat16 && cpu_has_pairs();
+  panel_stride_ =
+      (panel_ * hidden + kTileN - 1) / kTileN * kTileN * (pairs ? pairs_of(d_source) : d_source);
   packed_ = Buffer<T>(panels() * panel_stride_);
+  const int64_t row = d_target * hidden;
   parallel(panels(), panel_stride_, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t columns = panel_size(panel) * hidden;
       const T* from = w2 + panel_begin(panel) * hidden;
       T* to = packed_.get() + panel * panel_stride_;
-      for (int64_t n = 0; n < columns; n += kTileN) {
-        const int64_t width = columns - n < kTileN ? columns - n : kTileN;
-        for (int64_t i = 0; i < d_source; ++i, to += kTileN) {
-          for (int64_t c = 0; c < width; ++c) to[c] = from[i * d_target * hidden + n + c];
-        }
-      }
+      pack_tiles(to, from, row, 1, d_source, panel_size(panel) * hidden, pairs);
     }
   });
 }
 
 template <class T>
+void BridgePlan<T>::pack_transposed(const Parallel& parallel) {
+  if (!pairs) return;
+  transposed_stride_ = (d_source + kTileN - 1) / kTileN * kTileN * pairs_of(panel_size(0) * hidden);
+  transposed_ = Buffer<T>(panels() * transposed_stride_);
+  parallel(panels(), transposed_stride_, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const T* from = w2 + panel_begin(panel) * hidden;
+      T* to = transposed_.get() + panel * transposed_stride_;
+      pack_tiles(to, from, 1, d_target * hidden, panel_size(panel) * hidden, d_source, true);
+    }
+  });
+}
+
+template <class T>
+const Vec<T>* BridgePlan<T>::as_terms(Vec<T>* scratch, const Vec<T>* values, int64_t groups,
+                                      int64_t stride, int64_t count) const {
+  if constexpr (kPairs<T>) {
+    if (pairs) {
+      auto* to = reinterpret_cast<PairVec*>(scratch);
+      for (int64_t g = 0; g < groups; ++g) {
+        pack_pairs(to + g * pairs_of(count), values + g * stride, count);
+      }
+      return scratch;
+    }
+  }
+  return values;
+}
+
+template <class T>
 void BridgePlan<T>::contract(Vec<T>* contracted, const Vec<T>* source, int64_t groups,
                              int64_t panel) const {
-  const SharedMatrix<T> w(packed_.get() + panel * panel_stride_, kTileN, 1, kTileN * d_source);
-  multiply<T>({contracted, panel_ * hidden, 1}, {source, d_source, 1}, w, groups,
-              panel_size(panel) * hidden, d_source, false);
+  const T* packed = packed_.get() + panel * panel_stride_;
+  const int64_t columns = panel_size(panel) * hidden;
+  if constexpr (kPairs<T>) {
+    if (pairs) {
+      const int64_t terms = pairs_of(d_source);
+      const SharedMatrix<int32_t> w(reinterpret_cast<const int32_t*>(packed), kTileN, 1,
+                                    kTileN * terms);
+      return multiply_pairs({contracted, panel_ * hidden, 1},
+                            {reinterpret_cast<const PairVec*>(source), terms, 1}, w, groups,
+                            columns, terms, false);
+    }
+  }
+  const SharedMatrix<T> w(packed, kTileN, 1, kTileN * d_source);
+  multiply<T>({contracted, panel_ * hidden, 1}, {source, d_source, 1}, w, groups, columns, d_source,
+              false);
+}
+
+template <class T>
+void BridgePlan<T>::contract_backward(Vec<T>* source_grad, const Vec<T>* contracted_grad,
+                                      int64_t groups, int64_t panel, Vec<T>* scratch) const {
+  const int64_t stride = panel_ * hidden, count = panel_size(panel) * hidden;
+  const Vec<T>* terms = as_terms(scratch, contracted_grad, groups, stride, count);
+  if constexpr (kPairs<T>) {
+    if (pairs) {
+      const T* packed = transposed_.get() + panel * transposed_stride_;
+      const SharedMatrix<int32_t> w(reinterpret_cast<const int32_t*>(packed), kTileN, 1,
+                                    kTileN * pairs_of(count));
+      return multiply_pairs({source_grad, d_source, 1},
+                            {reinterpret_cast<const PairVec*>(terms), pairs_of(count), 1}, w,
+                            groups, d_source, pairs_of(count), true);
+    }
+  }
+  multiply<T>({source_grad, d_source, 1}, {terms, stride, 1},
+              SharedMatrix<T>(w2 + panel_begin(panel) * hidden, 1, d_target * hidden), groups,
+              d_source, count, true);
 }
 
 template <class T>
@@ -66,10 +150,11 @@ void bridge_forward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* out, cons
   for (int64_t g = 0; g < groups; ++g) {
     for (int64_t i = 0; i < k * d; ++i) out[g * k * d + i] = s.sum[g * d + i % d];
   }
+  const Vec<T>* terms = p.as_terms(s.terms, source, groups, p.d_source, p.d_source);
   for (int64_t panel = 0; panel < p.panels(); ++panel) {
     const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
     Vec<T>* contracted = s.contracted + panel * s.panel_step;
-    p.contract(contracted, source, groups, panel);
+    p.contract(contracted, terms, groups, panel);
     for (int64_t g = 0; g < groups; ++g) {
       multiply<T>({out + g * k * d + j, d, 1}, {s.hidden + g * k * hidden, hidden, 1},
                   ConstLaneMatrix<T>{contracted + g * stride, 1, hidden}, k, size, hidden, true);
@@ -82,10 +167,13 @@ void bridge_hidden_backward(const BridgePlan<T>& p, BridgeState<T>& s, const Vec
                             const Vec<T>* source, int64_t groups) {
   const int64_t k = p.interests, hidden = p.hidden, d = p.d_target;
   const int64_t stride = p.panel_size(0) * hidden;
+  const bool again = s.panel_step == 0;
+  const Vec<T>* terms =
+      again ? p.as_terms(s.terms, source, groups, p.d_source, p.d_source) : nullptr;
   for (int64_t panel = 0; panel < p.panels(); ++panel) {
     const int64_t j = p.panel_begin(panel), size = p.panel_size(panel);
     Vec<T>* contracted = s.contracted + panel * s.panel_step;
-    if (s.panel_step == 0) p.contract(contracted, source, groups, panel);
+    if (again) p.contract(contracted, terms, groups, panel);
     for (int64_t g = 0; g < groups; ++g) {
       multiply<T>({s.hidden_grad + g * k * hidden, hidden, 1}, {out_grad + g * k * d + j, d, 1},
                   ConstLaneMatrix<T>{contracted + g * stride, hidden, 1}, k, hidden, size,
@@ -122,9 +210,7 @@ void bridge_backward(const BridgePlan<T>& p, BridgeState<T>& s, Vec<T>* interest
                     ConstLaneMatrix<T>{s.hidden + g * k * hidden, hidden, 1}, size, hidden, k,
                     false);
       }
-      multiply<T>({source_grad, p.d_source, 1}, {gradient, stride, 1},
-                  SharedMatrix<T>(p.w2 + j * hidden, 1, d * hidden), groups, p.d_source,
-                  size * hidden, true);
+      p.contract_backward(source_grad, gradient, groups, panel, s.terms);
     }
   }
   if (interests_grad != nullptr) {
@@ -184,6 +270,9 @@ void BridgeW2Gradient<T>::run(int64_t unit, Scratch<T> scratch) const {
   const int64_t row = width * vectors;  // vectors of one M, and of one row of the sum
   Vec<T>* m = scratch.take(kChunk * row);
   Vec<T>* sum = scratch.take(p.d_source * row);
+  const int64_t source_width = padded<T>(p.d_source);
+  auto* source_pairs = reinterpret_cast<int32_t*>(
+      scratch.take(p.pairs ? pairs_of(kChunk) * source_width / kLanes<T> : 0));
   for (int64_t i = 0; i < p.d_source * row; ++i) sum[i] = Vec<T>{};
   for (int64_t b0 = 0; b0 < batch_; b0 += kChunk) {
     const int64_t users = batch_ - b0 < kChunk ? batch_ - b0 : kChunk;
@@ -196,6 +285,25 @@ void BridgeW2Gradient<T>::run(int64_t unit, Scratch<T> scratch) const {
                   SharedMatrix<T>(grad, rows_.out_grad.width, 1), vectors, width, k, false);
     }
     const T* source = rows_.source.get() + b0 * rows_.source.width;
+    if constexpr (kPairs<T>) {
+      if (p.pairs) {
+        for (int64_t b = 0; b < users; b += 2) {
+          const bool two = b + 1 < users;
+          const T* first = source + b * rows_.source.width;
+          int32_t* to = source_pairs + b / 2 * source_width;
+          for (int64_t i = 0; i < p.d_source; ++i) {
+            to[i] = pair_of(first[i], two ? first[rows_.source.width + i] : 0.0f);
+          }
+          // In place: the pairs of two users take the first half of what is behind them.
+          pack_pairs(reinterpret_cast<PairVec*>(m) + b / 2 * row, m + b * row,
+                     two ? m + (b + 1) * row : nullptr, row);
+        }
+        multiply_pairs({sum, 1, row}, {reinterpret_cast<const PairVec*>(m), 1, row},
+                       SharedMatrix<int32_t>(source_pairs, source_width, 1), row, p.d_source,
+                       pairs_of(users), true);
+        continue;
+      }
+    }
     multiply<T>({sum, 1, row}, {m, 1, row}, SharedMatrix<T>(source, rows_.source.width, 1), row,
                 p.d_source, users, true);
   }
@@ -290,8 +398,9 @@ template <class T>
 void backward(const BridgeArgs& args) {
   const Pairs<T> pairs(args);
   const int64_t batch = pairs.batch(args.interests.size[0]), k = pairs.interests();
-  const BridgePlan<T> p(args.w1, args.b1, args.w2, args.b2, k,
-                        args.source.size[args.source.dims - 1], args.execution.parallel);
+  BridgePlan<T> p(args.w1, args.b1, args.w2, args.b2, k, args.source.size[args.source.dims - 1],
+                  args.execution.parallel);
+  if (args.grad_source) p.pack_transposed(args.execution.parallel);
   BridgeRows<T> rows(p, batch);
   const Blocks<T> blocks(batch, args.execution.parallel.threads);
   const int64_t g_most = blocks.per_block;

@@ -5,6 +5,7 @@
 // the cache.
 #pragma once
 
+#include "pairs.h"
 #include "weight_gradients.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
@@ -16,6 +17,7 @@ class BridgePlan {
  public:
   int64_t interests, d_interest, d_source, d_target, hidden;
   const T *w1, *b1, *w2, *b2;
+  bool pairs;  // the products with w2 are of pairs
 
   BridgePlan(const View& w1_view, const View& b1_view, const View& w2_view, const View& b2_view,
              int64_t k, int64_t source_width, const Parallel& parallel);
@@ -26,8 +28,17 @@ class BridgePlan {
     const int64_t left = d_target - panel * panel_;
     return left < panel_ ? left : panel_;
   }
-  // T of one panel for a block: contracted[g][(j, h)].
+  // Before gradients of the source.
+  void pack_transposed(const Parallel& parallel);
+
+  // T of one panel for a block: contracted[g][(j, h)]. `source` is as `as_terms` leaves it.
   void contract(Vec<T>* contracted, const Vec<T>* source, int64_t groups, int64_t panel) const;
+  // The opposite: adds to the gradient of the source from that of T, which `scratch` has room for.
+  void contract_backward(Vec<T>* source_grad, const Vec<T>* contracted_grad, int64_t groups,
+                         int64_t panel, Vec<T>* scratch) const;
+  // The values of each group, as pairs where products are of pairs, else themselves.
+  const Vec<T>* as_terms(Vec<T>* scratch, const Vec<T>* values, int64_t groups, int64_t stride,
+                         int64_t count) const;
 
   // Multiply-adds per user.
   int64_t work() const {
@@ -37,8 +48,10 @@ class BridgePlan {
  private:
   int64_t panel_;
   Parameter<T> w1_, b1_, w2_, b2_;
-  Buffer<T> packed_;  // w2 by panel and tile, so that `contract` reads it in one stream
-  int64_t panel_stride_;
+  // w2 by panel and tile, so that `contract` reads it in one stream; pairs in place of numbers.
+  // Transposed, for the opposite: only of pairs, because the numbers lie as they are needed.
+  Buffer<T> packed_, transposed_;
+  int64_t panel_stride_, transposed_stride_ = 0;
 };
 
 template <class T>
@@ -47,22 +60,29 @@ struct BridgeState {
   Vec<T>* hidden_grad;  // before the ReLU, K x H
   Vec<T>* contracted;   // T: one panel, or all, one after another
   int64_t panel_step;   // between those; 0: each takes the place of the one before
+  Vec<T>* terms;        // the source, or the gradient of a panel of T, as pairs
   Vec<T>* sum;          // b2 source, or the gradient of out summed over k, D_t
 
   static int64_t vectors(const BridgePlan<T>& p, int64_t groups, bool all_panels) {
     return groups * (2 * p.interests * p.hidden + p.d_target) +
-           (all_panels ? p.panels() : 1) * panel_vectors(p, groups);
+           (all_panels ? p.panels() : 1) * panel_vectors(p, groups) + term_vectors(p, groups);
   }
   BridgeState(const BridgePlan<T>& p, int64_t groups, bool all_panels, Scratch<T>& scratch)
       : hidden(scratch.take(groups * p.interests * p.hidden)),
         hidden_grad(scratch.take(groups * p.interests * p.hidden)),
         contracted(scratch.take((all_panels ? p.panels() : 1) * panel_vectors(p, groups))),
         panel_step(all_panels ? panel_vectors(p, groups) : 0),
+        terms(scratch.take(term_vectors(p, groups))),
         sum(scratch.take(groups * p.d_target)) {}
 
  private:
   static int64_t panel_vectors(const BridgePlan<T>& p, int64_t groups) {
     return groups * p.panel_size(0) * p.hidden;
+  }
+  static int64_t term_vectors(const BridgePlan<T>& p, int64_t groups) {
+    if (!p.pairs) return 0;
+    const int64_t panel = p.panel_size(0) * p.hidden;
+    return groups * pairs_of(panel > p.d_source ? panel : p.d_source);
   }
 };
 
@@ -128,7 +148,9 @@ class BridgeW2Gradient {
   int64_t units() const { return units_; }
   // Vectors of scratch that a unit takes at most.
   static int64_t vectors(const BridgePlan<T>& p) {
-    return (kChunk + p.d_source) * kWidth * padded<T>(p.hidden) / kLanes<T>;
+    const int64_t row = kWidth * padded<T>(p.hidden) / kLanes<T>;
+    const int64_t source = p.pairs ? pairs_of(kChunk) * padded<T>(p.d_source) / kLanes<T> : 0;
+    return (kChunk + p.d_source) * row + source;
   }
   Scratch<T> scratch() const { return Scratch<T>(vectors(plan_)); }
   void run(int64_t unit, Scratch<T> scratch) const;

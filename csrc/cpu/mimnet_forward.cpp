@@ -77,6 +77,7 @@ struct Plan {
     routing.inner_squash = true;
     routing.inverse_temperature = T(1);
     routing.squash = {SquashForm::sqrt_eps, 1e-8, 1.0};
+    if (args.grad_source) bridge.pack_transposed(args.execution.parallel);
     if (routes && routing.gram_pays()) {
       gram.emplace(routing_weight, d, d);
       routing.gram = &*gram;
