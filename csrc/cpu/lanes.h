@@ -208,7 +208,7 @@ template <class T, class S>
 inline void widen_all(T* to, const S* from, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (std::is_same_v<S, _Float16>) {
+  if constexpr (std::is_same_v<S, _Float16> && std::is_same_v<T, float>) {
     for (; i + 8 <= count; i += 8) {
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
     }
@@ -220,7 +220,7 @@ template <class S, class T>
 inline void narrow_all(S* to, const T* from, int64_t count) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (std::is_same_v<S, _Float16>) {
+  if constexpr (std::is_same_v<S, _Float16> && std::is_same_v<T, float>) {
     for (; i + 8 <= count; i += 8) {
       _mm_storeu_si128((__m128i*)(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
@@ -333,6 +333,30 @@ MIMNET_FAST_INLINE void store_vector(T* p, Vec<T> v, int64_t left) {
   }
 }
 
+// The same for numbers of another type, which are converted.
+template <class T, class S>
+MIMNET_FAST_INLINE Vec<T> load_vector_of(const S* p, int64_t left) {
+  constexpr int n = kLanes<T>;
+  if constexpr (std::is_same_v<S, T>) {
+    return load_vector(p, left);
+  } else {
+    Vec<T> v{};
+    T* const to = reinterpret_cast<T*>(&v);
+    left < n ? widen_all(to, p, left) : widen_all(to, p, n);
+    return v;
+  }
+}
+template <class T, class S>
+MIMNET_FAST_INLINE void store_vector_of(S* p, Vec<T> v, int64_t left) {
+  constexpr int n = kLanes<T>;
+  if constexpr (std::is_same_v<S, T>) {
+    store_vector(p, v, left);
+  } else {
+    const T* const from = reinterpret_cast<const T*>(&v);
+    left < n ? narrow_all(p, from, left) : narrow_all(p, from, n);
+  }
+}
+
 // Transpose of a square of kLanes vectors, by exchanging ever smaller blocks.
 template <class T, int S = kLanes<T> / 2>
 MIMNET_FAST_INLINE void transpose(Vec<T>* v) {
@@ -368,26 +392,20 @@ void load_lanes_from(Vec<T>* lanes, const S* const* rows, int users, int64_t cou
                      int64_t stride) {
   constexpr int n = kLanes<T>;
   int64_t e = 0;
-  if constexpr (std::is_same_v<S, T>) {
-    if (stride == 1) {
-      for (; e < count; e += n) {
-        const int width = count - e < n ? int(count - e) : n;
-        Vec<T> block[n];
-        for (int w = 0; w < users; ++w) {
-          __builtin_prefetch(rows[w] + e +
-                             8 * n);  // one stream per user is more than the CPU foresees
-          if (width == n) {
-            block[w] = *reinterpret_cast<const Unaligned<T>*>(rows[w] + e);
-          } else {
-            block[w] = load_partial(rows[w] + e, width);
-          }
-        }
-        for (int w = users; w < n; ++w) block[w] = Vec<T>{};
-        transpose<T>(block);
-        for (int i = 0; i < width; ++i) lanes[e + i] = block[i];
+  if (stride == 1) {
+    for (; e < count; e += n) {
+      const int width = count - e < n ? int(count - e) : n;
+      Vec<T> block[n];
+      for (int w = 0; w < users; ++w) {
+        __builtin_prefetch(rows[w] + e +
+                           8 * n);  // one stream per user is more than the CPU foresees
+        block[w] = load_vector_of<T>(rows[w] + e, width);
       }
-      return;
+      for (int w = users; w < n; ++w) block[w] = Vec<T>{};
+      transpose<T>(block);
+      for (int i = 0; i < width; ++i) lanes[e + i] = block[i];
     }
+    return;
   }
   for (; e < count; ++e) {
     Vec<T> v{};
@@ -400,23 +418,15 @@ template <class T, class S>
 void store_lanes_to(const Vec<T>* lanes, S* const* rows, int users, int64_t count, int64_t stride) {
   constexpr int n = kLanes<T>;
   int64_t e = 0;
-  if constexpr (std::is_same_v<S, T>) {
-    if (stride == 1) {
-      for (; e < count; e += n) {
-        const int width = count - e < n ? int(count - e) : n;
-        Vec<T> block[n];
-        for (int i = 0; i < n; ++i) block[i] = i < width ? lanes[e + i] : Vec<T>{};
-        transpose<T>(block);
-        for (int w = 0; w < users; ++w) {
-          if (width == n) {
-            *reinterpret_cast<Unaligned<T>*>(rows[w] + e) = block[w];
-          } else {
-            store_partial(rows[w] + e, block[w], width);
-          }
-        }
-      }
-      return;
+  if (stride == 1) {
+    for (; e < count; e += n) {
+      const int width = count - e < n ? int(count - e) : n;
+      Vec<T> block[n];
+      for (int i = 0; i < n; ++i) block[i] = i < width ? lanes[e + i] : Vec<T>{};
+      transpose<T>(block);
+      for (int w = 0; w < users; ++w) store_vector_of<T>(rows[w] + e, block[w], width);
     }
+    return;
   }
   for (; e < count; ++e) {
     for (int w = 0; w < users; ++w) rows[w][e * stride] = narrow<S>(T(lanes[e][w]));
