@@ -151,3 +151,22 @@ def test_candidates_are_independent(backend):
     for i in range(7):
         one = Call(call.op, (query[:, i], *others))(backend=backend)
         torch.testing.assert_close(one, every[:, i], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_every_half_precision_number_is_read_and_rounded_as_by_torch(backend, dtype):
+    """Means of two interests of equal score; 17 values a row leave a part of a vector."""
+    if backend != "native":
+        pytest.skip("of the conversions that compiled kernels make themselves")
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)[: 17 * (2**16 // 17)]
+    first = bits.view(dtype).reshape(-1, 17)
+    second = first[torch.randperm(len(first))]
+    found = ops.target_attention(
+        torch.zeros_like(first), torch.stack([first, second], 1), backend=backend
+    )
+    # Not infinity, of which 0 times makes a score NaN, nor what float32 may flush to 0 on a GPU.
+    usable = torch.stack([first, second]).float().abs()
+    usable = ((usable > 2.0**-120) & usable.isfinite()).all(-1).all(0)
+    expected = (first.float() / 2 + second.float() / 2).to(dtype)
+    assert torch.equal(found[usable], expected[usable])
+    assert found[first.isnan().any(-1)].isnan().any(-1).all()

@@ -333,12 +333,44 @@ MIMNET_FAST_INLINE void store_vector(T* p, Vec<T> v, int64_t left) {
   }
 }
 
+#if defined(__AVX512F__)
+// Vectors of 16-bit numbers, of which the first `n` are in memory.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <class S>
+MIMNET_FAST_INLINE Vec<float> load_halves(const S* p, int n) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return (Vec<float>)(__builtin_convertvector((Halves)halves, Words) << 16);
+  } else {
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, halves);
+  }
+}
+template <class S>
+MIMNET_FAST_INLINE void store_halves(S* p, Vec<float> v, int n) {
+  __m256i halves;
+  if constexpr (std::is_same_v<S, BFloat16>) {  // as `narrow` rounds
+    const Words bits = (Words)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Words nan = bits | 0x400000;
+    halves = (__m256i) __builtin_convertvector((v != v ? nan : rounded) >> 16, Halves);
+  } else {
+    halves = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  }
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), halves);
+}
+#endif
+
 // The same for numbers of another type, which are converted.
 template <class T, class S>
 MIMNET_FAST_INLINE Vec<T> load_vector_of(const S* p, int64_t left) {
   constexpr int n = kLanes<T>;
   if constexpr (std::is_same_v<S, T>) {
     return load_vector(p, left);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, float> && sizeof(S) == 2) {
+    return load_halves(p, left < n ? int(left) : n);
+#endif
   } else {
     Vec<T> v{};
     T* const to = reinterpret_cast<T*>(&v);
@@ -351,6 +383,10 @@ MIMNET_FAST_INLINE void store_vector_of(S* p, Vec<T> v, int64_t left) {
   constexpr int n = kLanes<T>;
   if constexpr (std::is_same_v<S, T>) {
     store_vector(p, v, left);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, float> && sizeof(S) == 2) {
+    store_halves(p, v, left < n ? int(left) : n);
+#endif
   } else {
     const T* const from = reinterpret_cast<const T*>(&v);
     left < n ? narrow_all(p, from, left) : narrow_all(p, from, n);

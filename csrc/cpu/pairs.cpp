@@ -7,9 +7,6 @@
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
 namespace {
 
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-
 MIMNET_FAST_BF16 inline PairVec pack(Vec<float> first, Vec<float> second) {
   const auto low = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)first), Words);
   const auto high = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)second), Words);

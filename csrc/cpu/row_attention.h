@@ -18,13 +18,11 @@ void load_padded(GroupRows<T> to, const View& view, int64_t first, int64_t c, in
     using S = decltype(storage);
     for (int64_t i = 0; i < n; ++i) {
       const S* const from = reinterpret_cast<const S*>(at(view, first + i, c));
-      if constexpr (std::is_same_v<S, T>) {
-        if (stride == 1) {
-          for (int64_t e = 0; e < d; e += kLanes<T>) {
-            vector_at(to[i] + e) = load_vector(from + e, d - e);
-          }
-          continue;
+      if (stride == 1) {
+        for (int64_t e = 0; e < d; e += kLanes<T>) {
+          vector_at(to[i] + e) = load_vector_of<T>(from + e, d - e);
         }
+        continue;
       }
       for (int64_t e = 0; e < padded<T>(d); ++e) {
         to[i][e] = e < d ? widen<T>(from[e * stride]) : T(0);
@@ -41,13 +39,11 @@ void store_padded(GroupRows<T> from, const View& view, int64_t first, int64_t c,
     using S = decltype(storage);
     for (int64_t i = 0; i < n; ++i) {
       S* const to = reinterpret_cast<S*>(at(view, first + i, c));
-      if constexpr (std::is_same_v<S, T>) {
-        if (stride == 1) {
-          for (int64_t e = 0; e < d; e += kLanes<T>) {
-            store_vector(to + e, vector_at(from[i] + e), d - e);
-          }
-          continue;
+      if (stride == 1) {
+        for (int64_t e = 0; e < d; e += kLanes<T>) {
+          store_vector_of<T>(to + e, vector_at(from[i] + e), d - e);
         }
+        continue;
       }
       for (int64_t e = 0; e < d; ++e) to[e * stride] = narrow<S>(from[i][e]);
     }
