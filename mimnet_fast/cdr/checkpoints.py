@@ -21,11 +21,12 @@ _KEY = "mimnet_fast"
 
 def save(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write ``tensors`` with ``record`` as JSON in the file's header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
-    with atomic_file(path) as temporary:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={_KEY: json.dumps(record)})
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    content = serialized(contiguous, metadata={_KEY: json.dumps(record)})
+    with atomic_file(path) as temporary:  # save_file has a random name, which stays when killed
+        temporary.write_bytes(content)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

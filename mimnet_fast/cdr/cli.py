@@ -42,7 +42,7 @@ from mimnet_fast.cdr.dataset import prepare as prepare_dataset
 from mimnet_fast.cdr.diagnostics import warning
 from mimnet_fast.cdr.download import AMAZON, CATEGORIES, Files, download_amazon
 from mimnet_fast.cdr.errors import UserError
-from mimnet_fast.cdr.experiment import RATING, run
+from mimnet_fast.cdr.experiment import RATING, BaseModels, train_models
 from mimnet_fast.cdr.export import ExportFormat
 from mimnet_fast.cdr.export import export as export_program
 from mimnet_fast.cdr.grids import Plan, Variant, run_grid
@@ -393,10 +393,15 @@ def train(
     task, config = _task(options), _config(options, beta=beta)
     _check_new(out, options["resume"])
     variants = _chosen("model", [model], MODELS, task, config)
+    names = [each.name for each in variants]
+    task.check(names, config)
     data = Dataset.load(dataset)
     with _progress() as progress:
-        found = run(data, config, [each.name for each in variants], out, progress, task=task)
-    recommender = pack(dataset, out) if task == RATING and MODEL in found["models"] else None
+        stage1 = task.stage1(data, config, out, progress)
+        found = train_models(stage1, names, out)
+    recommender = None
+    if isinstance(stage1, BaseModels) and MODEL in found["models"]:
+        recommender = pack(dataset, out, stage1)
     for each in found["models"].values():
         if "diagnostics" in each and (told := warning(each["title"], each["diagnostics"])):
             _messages.print(f"warning: {told}", style="yellow", markup=False, soft_wrap=True)

@@ -451,7 +451,7 @@ class BaseModels(Stage1):
             TransferLoss(model, inputs, generator),
             model.examples(inputs, data),
             Schedule(config.epochs, config.batch_size, config.learning_rate, decay, averaging),
-            partial(evaluate, partial(model, inputs), data.evaluation),
+            partial(evaluate, partial(model.predict, inputs), data.evaluation),
         )
 
     def measured(self) -> str:

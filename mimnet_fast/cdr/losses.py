@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from torch.optim import Optimizer
 
 from mimnet_fast import backends, ops
 from mimnet_fast.cdr.evaluation import Predict
@@ -19,6 +19,10 @@ from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
 
 if TYPE_CHECKING:
     from mimnet_fast.cdr.training import Schedule
+
+AdamState = defaultdict[Tensor, dict[str, Tensor]]
+"""What `torch.optim.Adam` keeps as its ``state``. The optimizer itself is made for steps of its own
+only, because the first one imports torch's compiler, which takes a second."""
 
 Loss = Callable[..., Tensor]
 """Mean loss of a batch: called with the batch's part of each column of the training data."""
@@ -57,7 +61,7 @@ class Steps(NamedTuple):
 
 
 def fused_steps(
-    loss: Loss, schedule: Schedule, optimizer: Optimizer, averages: Mapping[Tensor, Tensor]
+    loss: Loss, schedule: Schedule, state: AdamState, averages: Mapping[Tensor, Tensor]
 ) -> Steps | None:
     """Steps that a kernel makes, if there is one for this loss and schedule.
 
@@ -68,32 +72,30 @@ def fused_steps(
     if isinstance(loss, SquaredError) and type(loss.predict) is MatrixFactorization:
         if schedule.weight_decay or averages:
             return None
-        return _factorization_steps(loss.predict, schedule, optimizer)
+        return _factorization_steps(loss.predict, schedule, state)
     if isinstance(loss, TransferLoss) and isinstance(loss.model, MIMNet):
         if type(loss.model).history is not MIMNet.history:  # not the rows that the kernel gathers
             return None
         if loss.model.backend not in (None, "auto", "native"):
             return None
-        return _mimnet_steps(loss.model, loss, schedule, optimizer, averages)
+        return _mimnet_steps(loss.model, loss, schedule, state, averages)
     return None
 
 
-def _factorization_steps(
-    model: MatrixFactorization, schedule: Schedule, optimizer: Optimizer
-) -> Steps:
+def _factorization_steps(model: MatrixFactorization, schedule: Schedule, state: AdamState) -> Steps:
     tables = model.users.weight, model.items.weight
 
     def take(columns: tuple[Tensor, ...], before: int) -> Tensor:
         losses = ops.matrix_factorization_adam_(
             *tables,
-            _moments(optimizer, tables[0]),
-            _moments(optimizer, tables[1]),
+            _moments(state, tables[0]),
+            _moments(state, tables[1]),
             *columns,
             batch_size=schedule.batch_size,
             first_step=before,
             learning_rate=schedule.learning_rate,
         )
-        _count(optimizer, tables, len(losses))
+        _count(state, tables, len(losses))
         return losses
 
     # Few enough to interrupt a run soon, more than enough to spread the cost of a call.
@@ -104,7 +106,7 @@ def _mimnet_steps(
     model: MIMNet,
     loss: TransferLoss,
     schedule: Schedule,
-    optimizer: Optimizer,
+    state: AdamState,
     averages: Mapping[Tensor, Tensor],
 ) -> Steps:
     inputs, parameters = loss.inputs, model.weights()
@@ -115,7 +117,7 @@ def _mimnet_steps(
     def take(columns: tuple[Tensor, ...], before: int) -> Tensor:
         users, items, ratings = columns
         assert inputs.item_prototypes is not None
-        pairs = [_moments(optimizer, parameter) for parameter in flat]
+        pairs = [_moments(state, parameter) for parameter in flat]
         first_logits = drawn[: len(users)]
         for batch in first_logits.split(schedule.batch_size):  # as step by step
             model.logits(len(batch), loss.generator, out=batch)
@@ -146,21 +148,21 @@ def _mimnet_steps(
             weight_decay=schedule.weight_decay,
             backend=model.backend,
         )
-        _count(optimizer, flat, len(losses))
+        _count(state, flat, len(losses))
         return losses
 
     return Steps(at_once, take)
 
 
-def _moments(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor]:
-    state = optimizer.state[parameter]
-    if not state:  # as torch has it after its first step
-        state["step"] = torch.zeros(())
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-    return state["exp_avg"], state["exp_avg_sq"]
+def _moments(state: AdamState, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    kept = state[parameter]
+    if not kept:  # as torch has it after its first step
+        kept["step"] = torch.zeros(())
+        kept["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        kept["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return kept["exp_avg"], kept["exp_avg_sq"]
 
 
-def _count(optimizer: Optimizer, parameters: tuple[Tensor, ...], steps: int) -> None:
+def _count(state: AdamState, parameters: tuple[Tensor, ...], steps: int) -> None:
     for parameter in parameters:
-        optimizer.state[parameter]["step"] += steps
+        state[parameter]["step"] += steps

@@ -24,7 +24,7 @@ from mimnet_fast.cdr.serving import FORMAT, FORMAT_VERSION, NAME, history_means
 MODEL = "mimnet"
 
 
-def pack(prepared: Path, folder: Path) -> Path:
+def pack(prepared: Path, folder: Path, stage1: BaseModels | None = None) -> Path:
     """Write the recommender of a finished run of ``mimnet`` into the run's folder.
 
     It holds the weights of the honestly chosen epoch. Its users are all of the source domain: those
@@ -34,6 +34,7 @@ def pack(prepared: Path, folder: Path) -> Path:
     Args:
         prepared: Folder of the dataset.
         folder: The run's folder.
+        stage1: Base models of the run, made again where they are not given or of other settings.
 
     Returns:
         The file.
@@ -46,8 +47,9 @@ def pack(prepared: Path, folder: Path) -> Path:
         raise UserError(f"{folder}: no finished run of {MODEL}: train one with mimnet-fast train")
     model = found["models"][MODEL]
     config = Config(**{**found["config"], **model["settings"]})
-    dataset = Dataset.load(prepared)
-    stage1 = BaseModels(dataset, config, folder, Progress(disable=True))
+    if stage1 is None or stage1.config != config:
+        stage1 = BaseModels(Dataset.load(prepared), config, folder, Progress(disable=True))
+    dataset = stage1.dataset
     inputs = stage1.frozen("final", MIMNet)
     assert inputs.item_prototypes is not None
     prototypes, prototype_ids = torch.unique(inputs.item_prototypes, dim=0, return_inverse=True)

@@ -7,6 +7,7 @@ keeps what was predicted after each epoch, from which any error of any epoch can
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from torch.optim import Adam, Optimizer
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.errors import UserError, require_same
 from mimnet_fast.cdr.evaluation import Evaluation
-from mimnet_fast.cdr.losses import Loss, Steps, fused_steps
+from mimnet_fast.cdr.losses import AdamState, Loss, Steps, fused_steps
 
 _STEPS_PER_REFRESH = 20
 _PREDICTIONS = "predictions"
@@ -73,8 +74,12 @@ def training_step(optimizer: Optimizer, loss: Loss, *batch: Tensor) -> Tensor:
     return value.detach()
 
 
-def _single_steps(optimizer: Optimizer, loss: Loss, average: _Average | None) -> Steps:
+def _single_steps(
+    module: Module, schedule: Schedule, loss: Loss, state: AdamState, average: _Average | None
+) -> Steps:
     """One batch at a time, with autograd."""
+    optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
+    optimizer.state = state
 
     def take(batch: tuple[Tensor, ...], before: int) -> Tensor:
         value = training_step(optimizer, loss, *batch)
@@ -125,18 +130,18 @@ def fit(
         UserError: a loss that is not finite, or a checkpoint that is not of this fit.
     """
     identity = {**identity, **asdict(schedule)}
-    optimizer = adam(module, schedule.learning_rate, schedule.weight_decay)
+    state: AdamState = defaultdict(dict)
     average = _Average(module, schedule.averaging) if schedule.averaging else None
     curve: list[Epoch] = []
     predictions: list[Tensor] = []
     if checkpoint.exists():
-        curve, predictions = _restore(checkpoint, identity, module, average, optimizer, generator)
+        curve, predictions = _restore(checkpoint, identity, module, average, state, generator)
     batches = -(-len(examples[0]) // schedule.batch_size)
     total = schedule.epochs * batches
     task = progress.add_task(identity["name"], total=total, completed=len(curve) * batches)
     averages = {} if average is None else average.by_parameter(module)
-    steps = fused_steps(loss, schedule, optimizer, averages) or _single_steps(
-        optimizer, loss, average
+    steps = fused_steps(loss, schedule, state, averages) or _single_steps(
+        module, schedule, loss, state, average
     )
     for epoch in range(len(curve) + 1, schedule.epochs + 1):
         losses = torch.empty(batches)
@@ -161,7 +166,7 @@ def fit(
             if keep_predictions:
                 predictions.append(measured.predicted)
             after_epoch(epoch)
-        _store(checkpoint, identity, module, average, optimizer, generator, curve, predictions)
+        _store(checkpoint, identity, module, average, state, generator, curve, predictions)
     progress.update(task, completed=total)
     return curve
 
@@ -218,7 +223,7 @@ def _store(
     identity: dict[str, Any],
     module: Module,
     average: _Average | None,
-    optimizer: Optimizer,
+    state: AdamState,
     generator: torch.Generator,
     curve: list[Epoch],
     predictions: list[Tensor],
@@ -226,7 +231,8 @@ def _store(
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     if average is not None:
         tensors |= {f"average.{index}": each for index, each in enumerate(average.tensors)}
-    for index, moments in optimizer.state_dict()["state"].items():
+    for index, parameter in enumerate(module.parameters()):
+        moments = state[parameter]
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
     tensors["generator"] = generator.get_state()
     if predictions:
@@ -239,24 +245,23 @@ def _restore(
     identity: dict[str, Any],
     module: Module,
     average: _Average | None,
-    optimizer: Optimizer,
+    state: AdamState,
     generator: torch.Generator,
 ) -> tuple[list[Epoch], list[Tensor]]:
     tensors, record = checkpoints.load(path)
     require_same(f"{path} was trained", record["identity"], identity)
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = list(module.parameters())
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
             index, _, moment = name.partition(".")
-            state.setdefault(int(index), {})[moment] = tensor
+            state[parameters[int(index)]][moment] = tensor
         elif kind == "average" and average is not None:
             average.tensors[int(name)] = tensor
         elif kind == "module":
             weights[name] = tensor
     module.load_state_dict(weights)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     generator.set_state(tensors["generator"])
     predictions = list(tensors[_PREDICTIONS]) if _PREDICTIONS in tensors else []
     return record["curve"], predictions

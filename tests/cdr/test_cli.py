@@ -201,6 +201,21 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert failed.stderr.startswith(f"error: {tmp_path} is no prepared dataset")
 
 
+@pytest.mark.skipif(
+    backends.available("cpu")["native"] is not None,
+    reason=f"no compiled kernels: {backends.available('cpu')['native']}",
+)
+def test_training_by_kernels_needs_no_compiler_of_torch(prepared: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from mimnet_fast.cdr.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    arguments = ["train", prepared, "--base", "mf", "--out", tmp_path / "run", *QUICK]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+
+
 @pytest.mark.slow
 def test_demo_learns_the_planted_interests(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("demo", "--json")

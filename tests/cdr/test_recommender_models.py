@@ -53,6 +53,16 @@ def test_predictions_repeat_and_do_not_depend_on_the_batch(inputs: FrozenInputs,
         torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize("name", TRANSFER)
+def test_users_with_several_ratings_are_predicted_as_in_a_batch(
+    inputs: FrozenInputs, name: str
+) -> None:
+    model = build(name, Config())
+    users, items = torch.tensor([8, 0, 3, 8, 3, 8, 5]), torch.tensor([1, 0, 29, 4, 4, 1, 7])
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(inputs, users, items), model(inputs, users, items))
+
+
 @pytest.mark.parametrize("name", [name for name in TRANSFER if name != "mimnet-released"])
 def test_padding_is_never_seen(inputs: FrozenInputs, name: str) -> None:
     model = build(name, Config())

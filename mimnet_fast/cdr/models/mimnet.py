@@ -81,6 +81,26 @@ class MIMNet(TransferModel):
     ) -> Tensor:
         """See `TransferModel.scores`."""
         assert inputs.item_prototypes is not None
+        items, prototypes = (
+            rows.expand(len(users), *rows.shape) if candidates is None else rows[candidates]
+            for rows in (inputs.target_items, inputs.item_prototypes)
+        )
+        return self._rated(items, prototypes, self._interests(inputs, users, generator))
+
+    def predict(self, inputs: FrozenInputs, users: Tensor, items: Tensor) -> Tensor:
+        """See `TransferModel.predict`."""
+        assert inputs.item_prototypes is not None
+        known, places = users.unique(return_inverse=True)
+        interests = self._interests(inputs, known)[places]
+        items = items.unsqueeze(1)
+        return self._rated(
+            inputs.target_items[items], inputs.item_prototypes[items], interests
+        ).squeeze(1)
+
+    def _interests(
+        self, inputs: FrozenInputs, users: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Interests of users ``[B]`` in the target domain, ``[B, K, D]``."""
         ids, lengths, table = self.history(inputs, users)
         assert table is not None
         capsules = ops.dynamic_routing(
@@ -94,7 +114,7 @@ class MIMNet(TransferModel):
         )
         assert isinstance(capsules, Tensor)
         bridge = self.bridge
-        interests = ops.interest_bridge(
+        return ops.interest_bridge(
             capsules,
             inputs.source_users[users],
             bridge.w1,
@@ -103,10 +123,9 @@ class MIMNet(TransferModel):
             bridge.b2,
             backend=self.backend,
         )
-        items, prototypes = (
-            rows.expand(len(users), *rows.shape) if candidates is None else rows[candidates]
-            for rows in (inputs.target_items, inputs.item_prototypes)
-        )
+
+    def _rated(self, items: Tensor, prototypes: Tensor, interests: Tensor) -> Tensor:
+        """Ratings ``[B, C]`` of items ``[B, C, D]`` by users with these interests."""
         answers = ops.multi_granularity_attention(
             items, prototypes, interests, *self.attention.weights(), backend=self.backend
         )

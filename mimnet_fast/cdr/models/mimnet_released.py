@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mimnet_fast.cdr.models.mimnet import MIMNet
-from mimnet_fast.cdr.models.transfer import FrozenInputs
+from mimnet_fast.cdr.models.transfer import FrozenInputs, TransferModel
 
 
 class MIMNetReleased(MIMNet):
@@ -29,6 +29,7 @@ class MIMNetReleased(MIMNet):
     """
 
     uses_profiles = False
+    predict = TransferModel.predict  # ratings of one user have logits of their own
     no_history: Tensor
     logits_seed: Tensor
 

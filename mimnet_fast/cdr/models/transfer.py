@@ -122,6 +122,11 @@ class TransferModel(Module):
         """
         raise NotImplementedError
 
+    def predict(self, inputs: FrozenInputs, users: Tensor, items: Tensor) -> Tensor:
+        """What `forward` gives without a generator, with a user's part done once if that pays."""
+        ratings: Tensor = self(inputs, users, items)
+        return ratings
+
     def examples(self, inputs: FrozenInputs, phase: Phase) -> tuple[Tensor, ...]:
         """What the model learns from, as columns: users, items and ratings of ``train_meta``."""
         return phase.train_meta.columns()
