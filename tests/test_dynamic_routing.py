@@ -341,6 +341,40 @@ def test_padding_content_does_not_matter(backend):
         assert torch.equal(call(backend=backend), other(backend=backend))
 
 
+@pytest.mark.parametrize("weight", ["shared", "per_capsule", "per_position", "shared_votes"])
+@pytest.mark.parametrize("axis", SOFTMAX_AXES)
+@pytest.mark.parametrize("padding", ["zero_after", "ignore"])
+def test_the_end_of_a_history_can_be_told_in_several_ways(backend, device, weight, padding, axis):
+    """Users enough for groups of short histories, after which kernels may stop."""
+    if interpreted(backend) and (weight, padding, axis) != ("shared", "ignore", "inputs"):
+        pytest.skip("seconds in Triton's interpreter, and no kernel there stops early")
+    call = routing_call(
+        b=37, length=9, weight=weight, history="lengths", padding=padding, softmax_over=axis,
+        return_coupling=True,
+    )  # fmt: skip
+    call.verify(backend)
+    inputs, lengths = call.args[0], call.options["lengths"]
+    real = torch.arange(9) < lengths[:, None]
+    expected = call(backend=backend)
+    assert not expected[1].mT[~real].any()
+    others = [
+        {"mask": real},
+        {"mask": real.T.contiguous().T},
+        {"mask": real.repeat_interleave(2, 1)[:, ::2]},
+    ]
+    for other in others:
+        found = call(backend=backend, lengths=None, **other)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    apart = torch.nn.functional.pad(inputs, (0, 0, 0, 2))[:, :9]
+    torch.testing.assert_close(
+        call.with_tensors([apart, *call.tensors()[1:]])(backend=backend), expected
+    )
+    if backend == "native" and device == "cpu" and (padding, axis) != ("zero_after", "inputs"):
+        unknown = inputs.where(real.unsqueeze(-1), torch.nan)
+        found = call.with_tensors([unknown, *call.tensors()[1:]])(backend=backend)
+        assert torch.equal(found[0], expected[0])
+
+
 def test_logits_are_shared_by_the_batch_or_not(backend):
     call = routing_call(logits="one")
     inputs, weight, logits = call.args

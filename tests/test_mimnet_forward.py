@@ -63,6 +63,30 @@ def test_paddings(backend, dtype, one_logits, ids, history, padding):
     ).verify(backend)
 
 
+@pytest.mark.parametrize("ids", IDS[:2], ids=ids_id)
+@pytest.mark.parametrize("padding", ["zero_after", "ignore"])
+def test_the_end_of_a_history_can_be_told_in_several_ways(backend, device, padding, ids):
+    """Users enough for groups of short histories, after which kernels may stop."""
+    if interpreted(backend) and (padding, ids) != ("ignore", None):
+        pytest.skip("seconds in Triton's interpreter, and no kernel there stops early")
+    call = mimnet_call(b=37, length=9, ids=ids, history="lengths", padding=padding)
+    call.verify(backend)
+    lengths = call.options["lengths"]
+    real = torch.arange(9) < lengths[:, None]
+    expected = call(backend=backend)
+    for mask in (real, real.T.contiguous().T, real.repeat_interleave(2, 1)[:, ::2]):
+        assert torch.equal(call(backend=backend, lengths=None, mask=mask), expected)
+    history, *others = call.args
+    wide = torch.nn.functional.pad(history, (0,) * (3 if ids is None else 1) + (2,))
+    apart = Call(call.op, (wide[:, :9], *others), call.options)
+    torch.testing.assert_close(apart(backend=backend), expected)
+    if backend == "native" and device == "cpu" and ids is None:
+        unknown = history.where(real.unsqueeze(-1), torch.nan)
+        assert torch.equal(
+            Call(call.op, (unknown, *others), call.options)(backend=backend), expected
+        )
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 @pytest.mark.parametrize("bias_dims", [0, 1], ids=["scalar_bias", "vector_bias"])
 def test_iterations(backend, bias_dims, iterations):

@@ -469,10 +469,24 @@ void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
   }
 }
 
+// Histories whose padding costs nothing, in the rows of `inputs`. Where it takes part in a softmax,
+// a batch stays as it is.
+Histories without_padding(RoutingArgs& args, int64_t lanes) {
+  View& inputs = args.inputs;
+  if (inputs.dims == 2) return Histories(args.mask, inputs.size[0], lanes);
+  const bool counts = args.padding == Padding::fill_before ||
+                      (args.axis == SoftmaxAxis::inputs && args.padding != Padding::ignore);
+  if (inputs.dims != 3 || !args.mask || counts || !adjacent(inputs)) return {};
+  Histories found = Histories::of_mask(args.mask, inputs.size[1], lanes);
+  if (found) inputs = rows_of(inputs);
+  return found;
+}
+
 template <class T>
-void forward(const RoutingArgs& args) {
+void forward(const RoutingArgs& call) {
+  RoutingArgs args = call;
   const RoutingMatrices<T> weight(args.weight);
-  const Users<T> users(args);
+  const Users<T> users(args, without_padding(args, kLanes<T>));
   const Histories& histories = users.histories;
   RoutingPlan<T> whole = make_plan(args, weight, histories);
   const bool usual = whole.update == Update::accumulate && !whole.normalize_agreement;

@@ -108,8 +108,10 @@ struct Users {
   const Blocks<T> blocks;
 
   explicit Users(const RoutingArgs& args)
-      : histories(args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
-                                        : Histories()),
+      : Users(args, args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
+                                          : Histories()) {}
+  Users(const RoutingArgs& args, Histories&& found)
+      : histories(std::move(found)),
         batch(histories ? histories.batch() : args.inputs.size[0]),
         blocks(batch, args.execution.parallel.threads, histories.order()) {}
 
@@ -124,8 +126,9 @@ struct Users {
               : load_matrix<T>(lanes, view, group);
   }
   void store_by_position(const Vec<T>* lanes, const View& view, Group group) const {
-    histories ? store_history_rows<T>(lanes, view, histories, group)
-              : store_matrix<T>(lanes, view, group);
+    if (!histories) return store_matrix<T>(lanes, view, group);
+    if (view.dims == 2) return store_history_rows<T>(lanes, view, histories, group);
+    store_history_matrix<T>(lanes, view, histories, group);
   }
 };
 

@@ -4,6 +4,8 @@
 // they leave behind stands where it would in any other order.
 #pragma once
 
+#include <cstring>
+
 #include "memory.h"
 
 namespace mimnet_fast::cpu::MIMNET_FAST_ISA {
@@ -25,11 +27,21 @@ class Histories {
     sort(lanes);
   }
 
-  // The same of lengths, of at most so many positions.
-  static Histories of_lengths(const View& lengths, int64_t positions, int64_t lanes) {
-    Histories result(lengths.size[0]);
+  // Of as many positions for each user, the first of which are real: a mask says which, or lengths
+  // how many. None where others are real too, and where all are, for which no mask remains.
+  static Histories of_mask(View& mask, int64_t positions, int64_t lanes) {
+    Histories result(mask.size[0]);
+    bool all = true;
     for (int64_t b = 0; b < result.batch_; ++b) {
-      result.set(b, b * positions, bounded(integer(lengths, b), 0, positions));
+      const int64_t length =
+          mask.dims == 1 ? bounded(integer(mask, b), 0, positions) : first_ones(mask, b);
+      if (length < 0) return {};
+      result.set(b, b * positions, length);
+      all = all && length == positions;
+    }
+    if (all) {
+      mask = View{};
+      return {};
     }
     result.sort(lanes);
     return result;
@@ -69,6 +81,22 @@ class Histories {
  private:
   explicit Histories(int64_t batch)
       : known_(true), batch_(batch), starts_(batch), lengths_(batch), order_(batch) {}
+
+  // How many flags of row b are set before the first that is not; -1 where later ones are.
+  static int64_t first_ones(const View& mask, int64_t b) {
+    const int64_t count = mask.size[1];
+    const auto first = [&](int value, int64_t l) {
+      if (mask.stride[1] == 1 && l < count) {
+        const char* const from = at(mask, b, 0);
+        const void* const found = std::memchr(from + l, value, size_t(count - l));
+        return found != nullptr ? static_cast<const char*>(found) - from : count;
+      }
+      while (l < count && *at(mask, b, l) != value) ++l;
+      return l;
+    };
+    const int64_t length = first(0, 0);
+    return first(1, length) < count ? -1 : length;
+  }
 
   static int64_t integer(const View& view, int64_t i) {
     const char* const from = at(view, i);
@@ -121,6 +149,22 @@ class Histories {
   int64_t batch_ = 0, longest_ = 0;
   Buffer<int64_t> starts_, lengths_, order_;
 };
+
+// Whether histories [B, L, ..] stand one after another in memory, and their rows [B*L, ..].
+inline bool adjacent(const View& batch) {
+  return batch.stride[0] == batch.size[1] * batch.stride[1];
+}
+inline View rows_of(const View& batch) {
+  View rows = batch;
+  --rows.dims;
+  rows.size[0] = batch.size[0] * batch.size[1];
+  rows.stride[0] = batch.stride[1];
+  for (int d = 1; d < rows.dims; ++d) {
+    rows.size[d] = batch.size[d + 1];
+    rows.stride[d] = batch.stride[d + 1];
+  }
+  return rows;
+}
 
 // Row i of a matrix as values of one number each.
 MIMNET_FAST_INLINE View values_of_row(const View& matrix, int64_t i) {
@@ -199,6 +243,24 @@ void store_history_rows(const Vec<T>* lanes, const View& matrix, const Histories
   const int64_t length = h.positions(group);
   for (int64_t i = 0; i < matrix.size[0]; ++i) {
     store_histories<T>(lanes + i * length, values_of_row(matrix, i), h, group);
+  }
+}
+
+// K rows of lanes for a batch [B, K, L], which gets 0 behind the positions of the group.
+template <class T>
+void store_history_matrix(const Vec<T>* lanes, const View& batch, const Histories& h, Group group) {
+  const int64_t length = h.positions(group);
+  View real = batch;
+  real.size[2] = length;
+  for (int64_t i = 0; i < batch.size[1]; ++i) {
+    store_rows<T>(lanes + i * length, real, group, i);
+    with_storage(batch.dtype, [&](auto storage) {
+      using S = decltype(storage);
+      for (int w = 0; w < group.users; ++w) {
+        S* row = reinterpret_cast<S*>(at(batch, group.user(w), i));
+        for (int64_t l = length; l < batch.size[2]; ++l) row[l * batch.stride[2]] = narrow<S>(T(0));
+      }
+    });
   }
 }
 

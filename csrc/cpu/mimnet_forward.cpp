@@ -19,29 +19,18 @@ bool is_jagged(const MIMNetArgs& args) {
   return args.history.dims == (args.table.dims > 0 ? 1 : 2);
 }
 
-// With histories of given lengths as jagged ones with gaps between them: their padding costs
-// nothing. Where it has a weight or gets a gradient, they stay as they are.
-MIMNetArgs without_padding(const MIMNetArgs& call) {
-  MIMNetArgs args = call;
+// Histories whose padding costs nothing, in the rows of `history`. Where it has a weight or gets a
+// gradient, a batch stays as it is.
+Histories without_padding(MIMNetArgs& args, int64_t lanes) {
   View& history = args.history;
-  const bool have_lengths = !is_jagged(call) && call.mask && call.mask.dims == 1;
-  if (!have_lengths || call.padding == Padding::fill_before || call.grad_history ||
-      history.stride[0] != history.size[1] * history.stride[1]) {
-    return args;
+  if (is_jagged(args)) return Histories(args.mask, history.size[0], lanes);
+  if (!args.mask || args.padding == Padding::fill_before || args.grad_history ||
+      !adjacent(history)) {
+    return {};
   }
-  history.size[0] *= history.size[1];
-  --history.dims;
-  history.stride[0] = history.stride[1];
-  history.size[1] = history.size[2];
-  history.stride[1] = history.stride[2];
-  return args;
-}
-
-Histories histories_of(const MIMNetArgs& args, int64_t lanes) {
-  if (!is_jagged(args)) return {};
-  const int64_t batch = args.source.size[0], rows = args.history.size[0];
-  if (args.mask.size[0] > batch) return Histories(args.mask, rows, lanes);
-  return Histories::of_lengths(args.mask, rows / (batch > 0 ? batch : 1), lanes);
+  Histories found = Histories::of_mask(args.mask, history.size[1], lanes);
+  if (found) history = rows_of(history);
+  return found;
 }
 
 template <class T>
@@ -55,14 +44,14 @@ struct Plan {
   Histories histories;
   Blocks<T> blocks;
 
-  Plan(const MIMNetArgs& args, bool routes)
+  Plan(const MIMNetArgs& args, Histories&& of_users, bool routes)
       : batch(args.source.size[0]),
         k(args.logits.size[args.logits.dims - 2]),
         d(args.source.size[1]),
         routing_weight(args.routing_weight),
         bridge(args.w1, args.b1, args.w2, args.b2, k, d, args.execution.parallel),
         fusion(args.fusion, k, d),
-        histories(histories_of(args, kLanes<T>)),
+        histories(std::move(of_users)),
         blocks(batch, args.execution.parallel.threads, histories.order()) {
     routing = {};
     routing.length = histories ? histories.positions() : args.history.size[1];
@@ -241,8 +230,8 @@ void rate(const Plan<T>& p, BlockState<T>& s, const MIMNetArgs& args) {
 
 template <class T>
 void forward(const MIMNetArgs& call) {
-  const MIMNetArgs args = without_padding(call);
-  const Plan<T> p(args, true);
+  MIMNetArgs args = call;
+  const Plan<T> p(args, without_padding(args, kLanes<T>), true);
   const int64_t most = p.blocks.per_block;
   const bool keep = bool(args.hidden_grad);
   args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
@@ -477,8 +466,10 @@ void differentiate(const Plan<T>& p, const MIMNetArgs& args, bool all_panels, St
 }
 
 template <class T>
-void backward(const MIMNetArgs& args) {
-  const Plan<T> p(args, bool(args.grad_history));
+void backward(const MIMNetArgs& call) {
+  MIMNetArgs args = call;
+  const bool routes = bool(args.grad_history);
+  const Plan<T> p(args, routes ? without_padding(args, kLanes<T>) : Histories(), routes);
   const int64_t kd = p.k * p.d, kh = p.k * p.bridge.hidden;
   differentiate(p, args, false, [&](BlockState<T>& s) {
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -503,8 +494,8 @@ void backward(const MIMNetArgs& args) {
 template <class T>
 void mimnet_descent(const MIMNetArgs& call, const SquaredErrors& errors) {
   check_ids(call.history, call.table);
-  const MIMNetArgs args = without_padding(call);
-  const Plan<T> p(args, true);
+  MIMNetArgs args = call;
+  const Plan<T> p(args, without_padding(args, kLanes<T>), true);
   differentiate(p, args, true, [&](BlockState<T>& s) {
     rate(p, s, args);
     for (int64_t g = 0; g < s.groups; ++g) {

@@ -136,7 +136,7 @@ def test_kept_weights_are_those_of_the_honest_epoch(
     model = build(config)
     model.load_state_dict(checkpoints.load(folder / "mimnet.safetensors")[0])
     inputs = stage1.frozen("final", MIMNet)
-    found = experiment.evaluate(partial(model, inputs), stage1.split.final.evaluation)
+    found = experiment.evaluate(partial(model.predict, inputs), stage1.split.final.evaluation)
     assert found.errors["mae"] == honest["mae"]
     stored = stored_predictions(folder / "final" / "mimnet.safetensors")
     assert stored.shape == (config.epochs, len(stage1.split.final.evaluation))
