@@ -111,8 +111,8 @@ Tensors4 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
   args.ratings = view(ratings);
   args.pooled = view(pooled);
   args.transferred = view(transferred);
-  Tensor hidden_grad = empty(
-      source, keep ? std::vector<int64_t>{batch, k, w1.size(0)} : std::vector<int64_t>{0}, saved);
+  Tensor hidden_grad =
+      keep ? empty(source, {batch, k, w1.size(0)}, saved) : empty(source, {0}, saved);
   if (keep) args.hidden_grad = view(hidden_grad);
   kernels().mimnet_forward(args);
   return {ratings, pooled, transferred, hidden_grad};

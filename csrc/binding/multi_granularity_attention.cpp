@@ -20,10 +20,8 @@ Tensors2 multi_granularity_attention(Tensor item, Tensor prototype, Tensor inter
                                      Tensor fine_kw, Tensor, Tensor fine_vw, Tensor fine_vb,
                                      Tensor coarse_kw, Tensor, Tensor coarse_vw, Tensor coarse_vb,
                                      Tensor fusion_weight, Tensor fusion_bias) {
-  Tensor out = empty(item, sizes_of(item));
-  std::vector<int64_t> sizes = sizes_of(item);
-  sizes.pop_back();
-  Tensor gate = empty(item, sizes);
+  Tensor out = empty(item, item.sizes());
+  Tensor gate = empty(item, item.sizes().slice(0, size_t(item.dim() - 1)));
   Device device(item);
   MultiGranularityArgs args =
       arguments(device, item, prototype, interests,

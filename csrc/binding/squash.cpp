@@ -11,7 +11,7 @@ Tensor foldable(const Tensor& x) {
 
 Tensor run(const Tensor& x, const Tensor* grad, const Squash& form) {
   const Tensor folded = foldable(x);
-  Tensor out = empty(folded, sizes_of(folded));
+  Tensor out = empty(folded, folded.sizes());
   Device device(x);
   SquashArgs args{};
   args.x = view(folded);
@@ -27,7 +27,7 @@ Tensor run(const Tensor& x, const Tensor* grad, const Squash& form) {
       kernels().squash(args);
     }
   }
-  return x.dim() <= kMaxDims ? out : torch::stable::view(out, sizes_of(x));
+  return x.dim() <= kMaxDims ? out : torch::stable::view(out, x.sizes());
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ AttentionArgs arguments(Device& device, const Tensor& query, const Tensor& inter
 Tensors2 target_attention(Tensor query, Tensor interests, OptionalTensor key_weight, OptionalTensor,
                           OptionalTensor value_weight, OptionalTensor value_bias,
                           OptionalTensor capsule_mask, double scale, int64_t power, bool hard) {
-  Tensor out = empty(query, sizes_of(query));
-  std::vector<int64_t> sizes = sizes_of(query);
+  Tensor out = empty(query, query.sizes());
+  std::vector<int64_t> sizes = query.sizes().vec();
   sizes.back() = interests.size(1);
   Tensor coefficients = empty(query, sizes);
   Device device(query);

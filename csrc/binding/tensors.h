@@ -96,18 +96,18 @@ inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list
   return true;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(like, sizes);
-}
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
-  return sizes;
+// torch::stable::new_empty without its way through the boxed dispatcher.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  int32_t type = 0;
+  if (dtype.has_value()) {
+    type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), sizes.data(), int64_t(sizes.size()), dtype.has_value() ? &type : nullptr, nullptr,
+      nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 // What the kernels keep for backward is in the type that they accumulate in.
@@ -122,7 +122,7 @@ std::array<Tensor, N> gradients_like(const std::array<std::optional<Tensor>, N>&
   std::array<Tensor, N> gradients;
   for (size_t i = 0; i < N; ++i) {
     const bool wanted = (needs >> i & 1) && inputs[i].has_value();
-    gradients[i] = wanted ? empty(*inputs[i], sizes_of(*inputs[i])) : empty(any, {0});
+    gradients[i] = wanted ? empty(*inputs[i], inputs[i]->sizes()) : empty(any, {0});
   }
   return gradients;
 }

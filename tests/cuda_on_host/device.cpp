@@ -1,16 +1,15 @@
 // The device of the library that runs the CUDA kernels on the host. The library is linked with
-// --wrap for two functions of torch, which tell it the memory of a call: what new_empty makes is
+// --wrap for two functions of torch, which tell it the memory of a call: what `empty` makes is
 // output or workspace, and what the binding otherwise asks the address of is input.
 #include "binding/device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstring>
-#include <string_view>
 
+#include "binding/tensors.h"
 #include "executor.h"
 
 using mimnet_fast::cuda::host::global_memory;
@@ -29,24 +28,27 @@ void forget_the_call(void*) {
 
 extern "C" {
 
-AOTITorchError __real_torch_call_dispatcher(const char*, const char*, StableIValue*, uint64_t);
+AOTITorchError __real_aoti_torch_aten_new_empty(AtenTensorHandle, const int64_t*, int64_t, int32_t*,
+                                                int32_t*, int32_t*, int32_t, int32_t*,
+                                                AtenTensorHandle*);
 AOTITorchError __real_aoti_torch_get_data_ptr(AtenTensorHandle, void**);
 
-AOTITorchError __wrap_torch_call_dispatcher(const char* op, const char* overload,
-                                            StableIValue* stack, uint64_t version) {
-  const AOTITorchError error = __real_torch_call_dispatcher(op, overload, stack, version);
-  if (error == AOTI_TORCH_SUCCESS && op == std::string_view("aten::new_empty")) {
-    const auto tensor = torch::stable::detail::to<AtenTensorHandle>(stack[0]);
-    void* data;
-    int64_t count;
-    int32_t dtype;
-    __real_aoti_torch_get_data_ptr(tensor, &data);
-    aoti_torch_get_numel(tensor, &count);
-    aoti_torch_get_dtype(tensor, &dtype);
-    constexpr int nan = 0xff;  // in every byte
-    std::memset(data, nan, size_t(count) * aoti_torch_dtype_element_size(dtype));
-    made_in_this_call.push_back(data);
-  }
+AOTITorchError __wrap_aoti_torch_aten_new_empty(AtenTensorHandle like, const int64_t* sizes,
+                                                int64_t dims, int32_t* dtype, int32_t* layout,
+                                                int32_t* device, int32_t index, int32_t* pinned,
+                                                AtenTensorHandle* made) {
+  const AOTITorchError error = __real_aoti_torch_aten_new_empty(like, sizes, dims, dtype, layout,
+                                                                device, index, pinned, made);
+  if (error != AOTI_TORCH_SUCCESS) return error;
+  void* data;
+  int64_t count;
+  int32_t type;
+  __real_aoti_torch_get_data_ptr(*made, &data);
+  aoti_torch_get_numel(*made, &count);
+  aoti_torch_get_dtype(*made, &type);
+  constexpr int nan = 0xff;  // in every byte
+  std::memset(data, nan, size_t(count) * aoti_torch_dtype_element_size(type));
+  made_in_this_call.push_back(data);
   return error;
 }
 
@@ -80,8 +82,7 @@ Device::Device(const Tensor& like) : like_(like), guard_(nullptr, forget_the_cal
 }
 
 void* Device::allocate(int64_t bytes) {
-  workspaces_.push_back(
-      torch::stable::new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte));
+  workspaces_.push_back(empty(like_, {bytes}, ScalarType::Byte));
   return workspaces_.back().data_ptr();
 }
 
