@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from mimnet_fast import ops
+from mimnet_fast import backends, ops
 from mimnet_fast.cdr import checkpoints
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset
@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     options = parser.parse_args(arguments)
+    if reason := backends.available("cpu")["native"]:
+        parser.error(f"needs the compiled kernels: {reason}")
     print(f"start of Python, with imports: {time.process_time():.2f} s (of one processor)")
     torch.set_num_threads(options.threads)
     config, progress = Config(epochs=5), Progress(disable=True)

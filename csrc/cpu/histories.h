@@ -84,18 +84,18 @@ class Histories {
 
   // How many flags of row b are set before the first that is not; -1 where later ones are.
   static int64_t first_ones(const View& mask, int64_t b) {
-    const int64_t count = mask.size[1];
-    const auto first = [&](int value, int64_t l) {
-      if (mask.stride[1] == 1 && l < count) {
-        const char* const from = at(mask, b, 0);
-        const void* const found = std::memchr(from + l, value, size_t(count - l));
-        return found != nullptr ? static_cast<const char*>(found) - from : count;
-      }
-      while (l < count && *at(mask, b, l) != value) ++l;
-      return l;
-    };
-    const int64_t length = first(0, 0);
-    return first(1, length) < count ? -1 : length;
+    const int64_t count = mask.size[1], stride = mask.stride[1];
+    const char* const flags = at(mask, b, 0);
+    int64_t length = 0;
+    if (stride == 1) {
+      const void* const unset = std::memchr(flags, 0, size_t(count));
+      length = unset != nullptr ? static_cast<const char*>(unset) - flags : count;
+    } else {
+      while (length < count && flags[length * stride] != 0) ++length;
+    }
+    char later = 0;
+    for (int64_t l = length; l < count; ++l) later |= flags[l * stride];
+    return later != 0 ? -1 : length;
   }
 
   static int64_t integer(const View& view, int64_t i) {
