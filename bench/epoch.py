@@ -8,7 +8,8 @@ cProfile tells the parts of MIMNet's fit apart, but its kernel is one: it goes f
 over a few users at a time, and gathers rows as it needs them. What is said of that comes from other
 calls with the same ratings: forward from `ops.mimnet_forward` without gradients, large batches at a
 time; the optimizer, with waking threads and all else that a step costs whatever its batch, from
-batches of four times the size, of which there are fewer; backward is what remains.
+batches of four times the size, of which there are fewer; backward is what remains. Their shares are
+those of the least times that such steps take in turns with these calls.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mimnet_fast.cdr.losses import fused_steps
 from mimnet_fast.cdr.models import MIMNet
 from mimnet_fast.cdr.training import fit, seeded_generator
 
-_ROUNDS = 9  # of which the least time counts
+_ROUNDS = 15  # in turns, of which the least time counts
 _AT_ONCE = 8192
 
 
@@ -133,10 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     epoch, made, drawn, predicting, saving = (
         seconds / config.epochs for seconds in (whole, made, drawn, *others)
     )
-    there = min(forward(job) for _ in range(_ROUNDS))
     batch = job.schedule.batch_size
-    few, many = (min(steps_alone(job, size) for _ in range(_ROUNDS)) for size in (4 * batch, batch))
+    there, few, many = map(
+        min,
+        zip(
+            *(
+                (forward(job), steps_alone(job, 4 * batch), steps_alone(job, batch))
+                for _ in range(_ROUNDS)
+            ),
+            strict=True,
+        ),
+    )
     update = (many - few) * 4 / 3  # three of four steps less
+    there, update = (seconds * made / many for seconds in (there, update))
     rest = epoch - made - drawn
     print(f"an epoch of MIMNet, {steps} steps of {batch} ratings:")
     for what, seconds in {
