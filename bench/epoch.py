@@ -39,7 +39,7 @@ from mimnet_fast.cdr.evaluation import evaluate
 from mimnet_fast.cdr.experiment import BaseModels, Job
 from mimnet_fast.cdr.losses import fused_steps
 from mimnet_fast.cdr.models import MIMNet
-from mimnet_fast.cdr.training import fit, seeded_generator
+from mimnet_fast.cdr.training import seeded_generator
 
 _ROUNDS = 15  # in turns, of which the least time counts
 _AT_ONCE = 8192
@@ -116,13 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stage1.frozen("final", MIMNet)
         job = stage1.job("mimnet", "final", generator)
         whole, made, drawn, *others = profiled(
-            lambda: fit(
-                job.module,
-                job.loss,
-                job.examples,
-                job.schedule,
+            lambda: job.fit(
                 generator=generator,
-                evaluate=job.evaluate,
                 checkpoint=folder / "mimnet.safetensors",
                 identity={"name": "mimnet"},
                 progress=progress,
@@ -130,21 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (ops.mimnet_adam_, MIMNet.logits, evaluate, checkpoints.save),
         )
         print(f"MIMNet, {config.epochs} epochs: {whole:.2f} s")
-    steps = -(-len(job.examples[0]) // job.schedule.batch_size)
     epoch, made, drawn, predicting, saving = (
         seconds / config.epochs for seconds in (whole, made, drawn, *others)
     )
     batch = job.schedule.batch_size
-    there, few, many = map(
-        min,
-        zip(
-            *(
-                (forward(job), steps_alone(job, 4 * batch), steps_alone(job, batch))
-                for _ in range(_ROUNDS)
-            ),
-            strict=True,
-        ),
-    )
+    steps = -(-len(job.examples[0]) // batch)
+    rounds = [
+        (forward(job), steps_alone(job, 4 * batch), steps_alone(job, batch)) for _ in range(_ROUNDS)
+    ]
+    there, few, many = (min(seconds) for seconds in zip(*rounds, strict=True))
     update = (many - few) * 4 / 3  # three of four steps less
     there, update = (seconds * made / many for seconds in (there, update))
     rest = epoch - made - drawn

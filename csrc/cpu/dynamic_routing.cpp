@@ -469,24 +469,20 @@ void form_votes(const RoutingPlan<T>& p, Vec<T>* votes, const Vec<T>* inputs) {
   }
 }
 
-// Histories whose padding costs nothing, in the rows of `inputs`. Where it takes part in a softmax,
-// a batch stays as it is.
-Histories without_padding(RoutingArgs& args, int64_t lanes) {
-  View& inputs = args.inputs;
-  if (inputs.dims == 2) return Histories(args.mask, inputs.size[0], lanes);
+// Those of jagged inputs, or of a batch whose padding takes part in no softmax.
+Histories histories_of(RoutingArgs& args, int64_t lanes) {
+  if (args.inputs.dims == 2) return jagged_histories(args, lanes);
   const bool counts = args.padding == Padding::fill_before ||
                       (args.axis == SoftmaxAxis::inputs && args.padding != Padding::ignore);
-  if (inputs.dims != 3 || !args.mask || counts || !adjacent(inputs)) return {};
-  Histories found = Histories::of_mask(args.mask, inputs.size[1], lanes);
-  if (found) inputs = rows_of(inputs);
-  return found;
+  if (args.inputs.dims != 3 || counts) return {};
+  return without_padding(args.inputs, args.mask, lanes);
 }
 
 template <class T>
 void forward(const RoutingArgs& call) {
   RoutingArgs args = call;
   const RoutingMatrices<T> weight(args.weight);
-  const Users<T> users(args, without_padding(args, kLanes<T>));
+  const Users<T> users(args, histories_of(args, kLanes<T>));
   const Histories& histories = users.histories;
   RoutingPlan<T> whole = make_plan(args, weight, histories);
   const bool usual = whole.update == Update::accumulate && !whole.normalize_agreement;

@@ -100,6 +100,11 @@ struct RoutingPlan {
   }
 };
 
+// None where the inputs are a batch.
+inline Histories jagged_histories(const RoutingArgs& args, int64_t lanes) {
+  return args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], lanes) : Histories();
+}
+
 // The users of a call, in the order in which they are routed.
 template <class T>
 struct Users {
@@ -107,9 +112,7 @@ struct Users {
   const int64_t batch;
   const Blocks<T> blocks;
 
-  explicit Users(const RoutingArgs& args)
-      : Users(args, args.inputs.dims == 2 ? Histories(args.mask, args.inputs.size[0], kLanes<T>)
-                                          : Histories()) {}
+  explicit Users(const RoutingArgs& args) : Users(args, jagged_histories(args, kLanes<T>)) {}
   Users(const RoutingArgs& args, Histories&& found)
       : histories(std::move(found)),
         batch(histories ? histories.batch() : args.inputs.size[0]),

@@ -150,20 +150,19 @@ class Histories {
   Buffer<int64_t> starts_, lengths_, order_;
 };
 
-// Whether histories [B, L, ..] stand one after another in memory, and their rows [B*L, ..].
-inline bool adjacent(const View& batch) {
-  return batch.stride[0] == batch.size[1] * batch.stride[1];
-}
-inline View rows_of(const View& batch) {
-  View rows = batch;
-  --rows.dims;
-  rows.size[0] = batch.size[0] * batch.size[1];
-  rows.stride[0] = batch.stride[1];
-  for (int d = 1; d < rows.dims; ++d) {
-    rows.size[d] = batch.size[d + 1];
-    rows.stride[d] = batch.stride[d + 1];
+// Histories whose padding costs nothing: values [B, L, ..] become their rows [B*L, ..] where a mask
+// or lengths tell where each history ends, and the rows stand one after another in memory.
+inline Histories without_padding(View& values, View& mask, int64_t lanes) {
+  if (!mask || values.stride[0] != values.size[1] * values.stride[1]) return {};
+  Histories found = Histories::of_mask(mask, values.size[1], lanes);
+  if (!found) return found;
+  values.size[1] *= values.size[0];
+  --values.dims;
+  for (int d = 0; d < values.dims; ++d) {
+    values.size[d] = values.size[d + 1];
+    values.stride[d] = values.stride[d + 1];
   }
-  return rows;
+  return found;
 }
 
 // Row i of a matrix as values of one number each.

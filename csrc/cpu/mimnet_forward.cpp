@@ -19,18 +19,11 @@ bool is_jagged(const MIMNetArgs& args) {
   return args.history.dims == (args.table.dims > 0 ? 1 : 2);
 }
 
-// Histories whose padding costs nothing, in the rows of `history`. Where it has a weight or gets a
-// gradient, a batch stays as it is.
-Histories without_padding(MIMNetArgs& args, int64_t lanes) {
-  View& history = args.history;
-  if (is_jagged(args)) return Histories(args.mask, history.size[0], lanes);
-  if (!args.mask || args.padding == Padding::fill_before || args.grad_history ||
-      !adjacent(history)) {
-    return {};
-  }
-  Histories found = Histories::of_mask(args.mask, history.size[1], lanes);
-  if (found) history = rows_of(history);
-  return found;
+// Those of a jagged history, or of a batch whose padding has no weight and gets no gradient.
+Histories histories_of(MIMNetArgs& args, int64_t lanes) {
+  if (is_jagged(args)) return Histories(args.mask, args.history.size[0], lanes);
+  if (args.padding == Padding::fill_before || args.grad_history) return {};
+  return without_padding(args.history, args.mask, lanes);
 }
 
 template <class T>
@@ -231,7 +224,7 @@ void rate(const Plan<T>& p, BlockState<T>& s, const MIMNetArgs& args) {
 template <class T>
 void forward(const MIMNetArgs& call) {
   MIMNetArgs args = call;
-  const Plan<T> p(args, without_padding(args, kLanes<T>), true);
+  const Plan<T> p(args, histories_of(args, kLanes<T>), true);
   const int64_t most = p.blocks.per_block;
   const bool keep = bool(args.hidden_grad);
   args.execution.parallel(p.blocks.count, p.work(), [&](int64_t begin, int64_t end) {
@@ -469,7 +462,7 @@ template <class T>
 void backward(const MIMNetArgs& call) {
   MIMNetArgs args = call;
   const bool routes = bool(args.grad_history);
-  const Plan<T> p(args, routes ? without_padding(args, kLanes<T>) : Histories(), routes);
+  const Plan<T> p(args, routes ? histories_of(args, kLanes<T>) : Histories(), routes);
   const int64_t kd = p.k * p.d, kh = p.k * p.bridge.hidden;
   differentiate(p, args, false, [&](BlockState<T>& s) {
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -495,7 +488,7 @@ template <class T>
 void mimnet_descent(const MIMNetArgs& call, const SquaredErrors& errors) {
   check_ids(call.history, call.table);
   MIMNetArgs args = call;
-  const Plan<T> p(args, without_padding(args, kLanes<T>), true);
+  const Plan<T> p(args, histories_of(args, kLanes<T>), true);
   differentiate(p, args, true, [&](BlockState<T>& s) {
     rate(p, s, args);
     for (int64_t g = 0; g < s.groups; ++g) {

@@ -163,6 +163,11 @@ class Job(NamedTuple):
     schedule: Schedule
     evaluate: Callable[[], Evaluation]
 
+    def fit(self, **options: Any) -> list[Epoch]:
+        """Do it; the options are those of `training.fit`."""
+        what = self.module, self.loss, self.examples, self.schedule
+        return fit(*what, evaluate=self.evaluate, **options)
+
 
 class Untrained(NamedTuple):
     """What a predictor without training reaches on the test users."""
@@ -538,13 +543,8 @@ def _train_phase(
             checkpoints.save(folder / f"{name}.safetensors", job.module.state_dict(), identity)
 
     checkpoint = folder / phase / f"{name}.safetensors"
-    epochs = fit(
-        job.module,
-        job.loss,
-        job.examples,
-        job.schedule,
+    epochs = job.fit(
         generator=generator,
-        evaluate=job.evaluate,
         checkpoint=checkpoint,
         identity=identity,
         progress=stage1.progress,

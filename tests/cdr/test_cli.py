@@ -12,6 +12,8 @@ from mimnet_fast.cdr.cli import app
 from mimnet_fast.cdr.models import MODELS, TRIVIAL
 from mimnet_fast.cdr.synthetic import Synthetic
 
+from .marks import needs_kernels
+
 QUICK = ["--beta", "0.25", "--base-epochs", "1", "--epochs", "2", "--prototypes", "5"]
 
 
@@ -201,10 +203,7 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert failed.stderr.startswith(f"error: {tmp_path} is no prepared dataset")
 
 
-@pytest.mark.skipif(
-    backends.available("cpu")["native"] is not None,
-    reason=f"no compiled kernels: {backends.available('cpu')['native']}",
-)
+@needs_kernels
 def test_training_by_kernels_needs_no_compiler_of_torch(prepared: Path, tmp_path: Path) -> None:
     program = (
         "import sys\n"

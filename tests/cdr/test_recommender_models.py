@@ -6,7 +6,6 @@ from statistics import fmean, median
 import pytest
 import torch
 
-from mimnet_fast import backends
 from mimnet_fast.cdr.biases import fit_split
 from mimnet_fast.cdr.config import Config
 from mimnet_fast.cdr.dataset import Dataset, Ratings
@@ -29,6 +28,8 @@ from mimnet_fast.cdr.training import (
     seeded_module,
     training_step,
 )
+
+from .marks import needs_kernels
 
 TRANSFER = [name for name, spec in MODELS.items() if spec.build is not None]
 
@@ -85,10 +86,7 @@ def test_mimnet_draws_logits_in_training_only(inputs: FrozenInputs) -> None:
         assert first.equal(model(inputs, *pair, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.skipif(
-    backends.available("cpu")["native"] is not None,
-    reason=f"no compiled kernels: {backends.available('cpu')['native']}",
-)
+@needs_kernels
 def test_first_losses_of_kernels_and_reference_agree(inputs: FrozenInputs) -> None:
     draw = torch.Generator().manual_seed(2)
     users, items = (
