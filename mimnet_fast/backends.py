@@ -12,7 +12,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -91,8 +91,15 @@ class Served(NamedTuple):
     why: str
 
 
+_PLAIN = frozenset((Tensor, type(None)))
+
 _watched: list[Served] | None = None
 """Where :func:`watch` collects."""
+
+
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, which torch writes through a stream each time it is asked."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
 
 
 def load_status() -> dict[str, str | None]:
@@ -182,7 +189,7 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
 def _reasons(like: Tensor, unsupported: Unsupported) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for name in KERNELS:
-        problem = _problem(name, like.device.type, like.dtype)
+        problem = _problem(name, device_type(like), like.dtype)
         reasons[name] = [problem] if problem else list(unsupported.get(name, ()))
     reasons["reference"] = []
     return reasons
@@ -195,7 +202,7 @@ def select(op: str, backend: str | None, like: Tensor, unsupported: Unsupported)
     """
     chosen = _choose(op, backend, like, unsupported)
     if _watched is not None:
-        kernels = _AUTO.get(like.device.type, KERNELS) if chosen == "reference" else ()
+        kernels = _AUTO.get(device_type(like), KERNELS) if chosen == "reference" else ()
         why = [reason for name in kernels for reason in _reasons(like, unsupported)[name]]
         _watched.append(Served(op, chosen, "; ".join(dict.fromkeys(why))))
     return chosen
@@ -208,10 +215,10 @@ def _choose(op: str, backend: str | None, like: Tensor, unsupported: Unsupported
     if name == "reference":
         return name
     if name == "auto":
-        for candidate in _AUTO.get(like.device.type, ()):
+        for candidate in _AUTO.get(device_type(like), ()):
             if unsupported.get(candidate):
                 continue
-            if _problem(candidate, like.device.type, like.dtype) is None:
+            if _problem(candidate, device_type(like), like.dtype) is None:
                 return candidate
         if not torch.compiler.is_compiling():
             _log_fallback(op, _reasons(like, unsupported))
@@ -225,7 +232,7 @@ def _choose(op: str, backend: str | None, like: Tensor, unsupported: Unsupported
     return name
 
 
-def trusts_native(backend: str | None, like: Any, tensors: Iterable[Any]) -> bool:
+def trusts_native(backend: str | None, like: Any, *tensors: Any) -> bool:
     """Whether a call may go to the compiled kernels as it is, which refuse what does not fit.
 
     It may where they come first, all tensors (or None) are plain ones, and nothing traces, converts
@@ -234,11 +241,11 @@ def trusts_native(backend: str | None, like: Any, tensors: Iterable[Any]) -> boo
     return (
         (_default if backend is None else backend) in ("auto", "native")
         and type(like) is Tensor
-        and all(tensor is None or type(tensor) is Tensor for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
         and _watched is None
         and not torch.compiler.is_compiling()
-        and _problem("native", like.device.type, like.dtype) is None
-        and not torch.is_autocast_enabled(like.device.type)
+        and _problem("native", device := device_type(like), like.dtype) is None
+        and not torch.is_autocast_enabled(device)
     )
 
 

@@ -5,6 +5,24 @@ namespace {
 
 BridgeArgs arguments(Device& device, const Tensor& interests, const Tensor& source,
                      const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  const auto fit = [&] {
+    if (!is_floating(interests) || interests.dim() != 3 || w1.dim() != 2 || b2.dim() != 1 ||
+        (source.dim() != 2 && source.dim() != 3)) {
+      return false;
+    }
+    const int64_t batch = interests.size(0), k = interests.size(1), d_interest = interests.size(2);
+    const int64_t d_source = source.size(source.dim() - 1);
+    const int64_t hidden = w1.size(0), outputs = b2.size(0);
+    const auto is = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+      return fits(tensor, interests, sizes);
+    };
+    return k > 0 && d_interest > 0 && d_source > 0 && hidden > 0 && outputs > 0 &&
+           outputs % d_source == 0 &&
+           (is(source, {batch, d_source}) || is(source, {batch, k, d_source})) &&
+           is(w1, {hidden, d_interest}) && is(b1, {hidden}) && is(w2, {outputs, hidden}) &&
+           is(b2, {outputs});
+  };
+  check_fit(fit(), "interest_bridge");
   BridgeArgs args{};
   args.interests = view(interests);
   args.source = view(source);
@@ -20,10 +38,10 @@ BridgeArgs arguments(Device& device, const Tensor& interests, const Tensor& sour
 
 Tensor interest_bridge(Tensor interests, Tensor source, Tensor w1, Tensor b1, Tensor w2,
                        Tensor b2) {
-  const int64_t d_target = b2.size(0) / source.size(source.dim() - 1);
-  Tensor out = empty(interests, {interests.size(0), interests.size(1), d_target});
   Device device(interests);
   BridgeArgs args = arguments(device, interests, source, w1, b1, w2, b2);
+  const int64_t d_target = b2.size(0) / source.size(source.dim() - 1);
+  Tensor out = empty(interests, {interests.size(0), interests.size(1), d_target});
   args.out = view(out);
   kernels().interest_bridge(args);
   return out;

@@ -8,66 +8,43 @@ struct Inputs {
   const Tensor& history;
   const OptionalTensor& table;
   const Tensor &source, &item, &prototype, &routing_weight, &w1, &b1, &w2, &b2;
-  const Tensor &fine_kw, &fine_kb, &fine_vw, &fine_vb, &coarse_kw, &coarse_kb, &coarse_vw,
-      &coarse_vb, &fusion_weight, &fusion_bias, &logits;
+  const FusionTensors fusion;
+  const Tensor& logits;
   const OptionalTensor& mask;
   int64_t iterations, padding;
+
+  bool fit(bool jagged) const {
+    if (!is_floating(source) || source.dim() != 2 || logits.dim() < 2 || w1.dim() != 2) {
+      return false;
+    }
+    const int64_t batch = source.size(0), d = source.size(1), hidden = w1.size(0);
+    const int64_t k = logits.size(logits.dim() - 2), length = logits.size(logits.dim() - 1);
+    const auto is = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+      return fits(tensor, source, sizes);
+    };
+    const auto history_fits = [&] {
+      if (table.has_value()) {
+        const bool ids =
+            history.scalar_type() == ScalarType::Long || history.scalar_type() == ScalarType::Int;
+        return ids && history.device() == source.device() && table->dim() == 2 &&
+               is(*table, {table->size(0), d}) && (jagged || has_shape(history, {batch, length}));
+      }
+      return jagged ? is(history, {history.size(0), d}) : is(history, {batch, length, d});
+    };
+    const auto logits_fit = [&] {
+      if (logits.dim() == 2) return jagged && is(logits, {k, history.size(0)});
+      return is(logits, {logits.size(0) == 1 ? 1 : batch, k, length}) && (jagged || length > 0);
+    };
+    return d > 0 && k > 0 && hidden > 0 && iterations > 0 && padding >= 0 && padding < 3 &&
+           is(item, {batch, d}) && is(prototype, {batch, d}) && is(routing_weight, {d, d}) &&
+           is(w1, {hidden, d}) && is(b1, {hidden}) && is(w2, {d * d, hidden}) && is(b2, {d * d}) &&
+           fusion.fit(source, d) && history_fits() && logits_fit() &&
+           tells_lengths(mask, source, batch, length, jagged);
+  }
 };
 
-// Whether kernels can run on them. The Python function finds out what is wrong where this is false,
-// and looks at nothing before.
-bool fit(const Inputs& in, bool jagged) {
-  if (in.source.dim() != 2 || in.logits.dim() < 2 || in.w1.dim() != 2) return false;
-  const int64_t batch = in.source.size(0), d = in.source.size(1), hidden = in.w1.size(0);
-  const int64_t k = in.logits.size(in.logits.dim() - 2);
-  const int64_t length = in.logits.size(in.logits.dim() - 1);
-  const auto is = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-    return fits(tensor, in.source, sizes);
-  };
-  const auto attention = [&](const Tensor& kw, const Tensor& kb, const Tensor& vw,
-                             const Tensor& vb) {
-    return is(kw, {d, d}) && is(kb, {d}) && is(vw, {d, d}) && is(vb, {d});
-  };
-  const auto on_device = [&](const OptionalTensor& tensor) {
-    return !tensor.has_value() || tensor->device() == in.source.device();
-  };
-  const auto history = [&] {
-    const Tensor& h = in.history;
-    if (in.table.has_value()) {
-      const bool ids = h.scalar_type() == ScalarType::Long || h.scalar_type() == ScalarType::Int;
-      return ids && h.device() == in.source.device() && in.table->dim() == 2 &&
-             is(*in.table, {in.table->size(0), d}) &&
-             (jagged || (h.dim() == 2 && h.size(0) == batch && h.size(1) == length));
-    }
-    return jagged ? is(h, {h.size(0), d}) : is(h, {batch, length, d});
-  };
-  const auto logits = [&] {
-    if (in.logits.dim() == 2) return jagged && is(in.logits, {k, in.history.size(0)});
-    return is(in.logits, {in.logits.size(0) == 1 ? 1 : batch, k, length}) && (jagged || length > 0);
-  };
-  const auto mask = [&] {
-    if (!in.mask.has_value()) return true;
-    const Tensor& m = *in.mask;
-    if (m.dim() == 2) {
-      return m.scalar_type() == ScalarType::Bool && m.size(0) == batch && m.size(1) == length;
-    }
-    const bool integers = m.scalar_type() == ScalarType::Long || m.scalar_type() == ScalarType::Int;
-    return m.dim() == 1 && integers && m.size(0) == batch + (jagged ? 1 : 0);
-  };
-  return d > 0 && k > 0 && hidden > 0 && in.iterations > 0 && in.padding >= 0 && in.padding < 3 &&
-         is(in.item, {batch, d}) && is(in.prototype, {batch, d}) && is(in.routing_weight, {d, d}) &&
-         is(in.w1, {hidden, d}) && is(in.b1, {hidden}) && is(in.w2, {d * d, hidden}) &&
-         is(in.b2, {d * d}) && attention(in.fine_kw, in.fine_kb, in.fine_vw, in.fine_vb) &&
-         attention(in.coarse_kw, in.coarse_kb, in.coarse_vw, in.coarse_vb) &&
-         is(in.fusion_weight, {2 * d}) && (is(in.fusion_bias, {1}) || is(in.fusion_bias, {})) &&
-         history() && logits() && mask() && on_device(in.mask);
-}
-
 MIMNetArgs arguments(Device& device, const Inputs& in) {
-  const bool jagged = is_jagged(in.history, in.table.has_value() ? 1 : 2, in.mask);
-  STD_TORCH_CHECK(fit(in, jagged),
-                  "mimnet_fast: the tensors do not fit each other; "
-                  "mimnet_fast.ops.mimnet_forward says which one");
+  check_fit(in.fit(is_jagged(in.history, in.table.has_value() ? 1 : 2, in.mask)), "mimnet_forward");
   MIMNetArgs args{};
   args.history = view(in.history);
   args.table = view(in.table);
@@ -79,8 +56,7 @@ MIMNetArgs arguments(Device& device, const Inputs& in) {
   args.b1 = view(in.b1);
   args.w2 = view(in.w2);
   args.b2 = view(in.b2);
-  args.fusion = fusion_weights(in.fine_kw, in.fine_vw, in.fine_vb, in.coarse_kw, in.coarse_vw,
-                               in.coarse_vb, in.fusion_weight, in.fusion_bias);
+  args.fusion = in.fusion.weights();
   args.logits = view(in.logits);
   args.mask = view(in.mask);
   args.iterations = in.iterations;
@@ -98,11 +74,22 @@ Tensors4 mimnet_forward(Tensor history, OptionalTensor table, Tensor source, Ten
                         Tensor fusion_weight, Tensor fusion_bias, Tensor logits,
                         OptionalTensor mask, int64_t iterations, int64_t padding, bool keep) {
   Device device(source);
-  MIMNetArgs args = arguments(
-      device, {history,   table,      source,    item,      prototype,     routing_weight, w1,
-               b1,        w2,         b2,        fine_kw,   fine_kb,       fine_vw,        fine_vb,
-               coarse_kw, coarse_kb,  coarse_vw, coarse_vb, fusion_weight, fusion_bias,    logits,
-               mask,      iterations, padding});
+  MIMNetArgs args = arguments(device, {history,
+                                       table,
+                                       source,
+                                       item,
+                                       prototype,
+                                       routing_weight,
+                                       w1,
+                                       b1,
+                                       w2,
+                                       b2,
+                                       {fine_kw, fine_kb, fine_vw, fine_vb, coarse_kw, coarse_kb,
+                                        coarse_vw, coarse_vb, fusion_weight, fusion_bias},
+                                       logits,
+                                       mask,
+                                       iterations,
+                                       padding});
   const int64_t batch = source.size(0), d = source.size(1), k = logits.size(logits.dim() - 2);
   const ScalarType saved = saved_dtype(source);
   Tensor ratings = empty(source, {batch});
@@ -132,11 +119,22 @@ Tensors19 mimnet_forward_backward(Tensor grad, Tensor pooled, Tensor transferred
        fine_vb, coarse_kw, coarse_kb, coarse_vw, coarse_vb, fusion_weight, fusion_bias},
       source, needs);
   Device device(source);
-  MIMNetArgs args = arguments(
-      device, {history,   table,      source,    item,      prototype,     routing_weight, w1,
-               b1,        w2,         b2,        fine_kw,   fine_kb,       fine_vw,        fine_vb,
-               coarse_kw, coarse_kb,  coarse_vw, coarse_vb, fusion_weight, fusion_bias,    logits,
-               mask,      iterations, padding});
+  MIMNetArgs args = arguments(device, {history,
+                                       table,
+                                       source,
+                                       item,
+                                       prototype,
+                                       routing_weight,
+                                       w1,
+                                       b1,
+                                       w2,
+                                       b2,
+                                       {fine_kw, fine_kb, fine_vw, fine_vb, coarse_kw, coarse_kb,
+                                        coarse_vw, coarse_vb, fusion_weight, fusion_bias},
+                                       logits,
+                                       mask,
+                                       iterations,
+                                       padding});
   args.pooled = view(pooled);
   args.transferred = view(transferred);
   if (hidden_grad.dim() == 3) args.hidden_grad = view(hidden_grad);

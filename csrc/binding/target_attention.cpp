@@ -4,9 +4,25 @@ namespace mimnet_fast::binding {
 namespace {
 
 AttentionArgs arguments(Device& device, const Tensor& query, const Tensor& interests,
-                        const OptionalTensor& key_weight, const OptionalTensor& value_weight,
-                        const OptionalTensor& value_bias, const OptionalTensor& capsule_mask,
-                        double scale, int64_t power, bool hard) {
+                        const OptionalTensor& key_weight, const OptionalTensor& key_bias,
+                        const OptionalTensor& value_weight, const OptionalTensor& value_bias,
+                        const OptionalTensor& capsule_mask, double scale, int64_t power,
+                        bool hard) {
+  const auto fit = [&] {
+    if (!is_floating(query) || (query.dim() != 2 && query.dim() != 3) || interests.dim() != 3) {
+      return false;
+    }
+    const int64_t batch = query.size(0), k = interests.size(1), d = query.size(query.dim() - 1);
+    const auto projection = [&](const OptionalTensor& weight, const OptionalTensor& bias) {
+      return fits(weight, query, {d, d}) && fits(bias, query, {d}) &&
+             (weight.has_value() || !bias.has_value());
+    };
+    return k > 0 && d > 0 && fits(interests, query, {batch, k, d}) &&
+           projection(key_weight, key_bias) && projection(value_weight, value_bias) &&
+           is_mask(capsule_mask, query, {batch, k}) && scale > 0 && power > 0 &&
+           (power == 1 || !key_bias.has_value());  // which cancels only there
+  };
+  check_fit(fit(), "target_attention");
   AttentionArgs args{};
   args.query = with_candidates(query, 3);
   args.interests = view(interests);
@@ -21,16 +37,17 @@ AttentionArgs arguments(Device& device, const Tensor& query, const Tensor& inter
 
 }  // namespace
 
-Tensors2 target_attention(Tensor query, Tensor interests, OptionalTensor key_weight, OptionalTensor,
-                          OptionalTensor value_weight, OptionalTensor value_bias,
-                          OptionalTensor capsule_mask, double scale, int64_t power, bool hard) {
+Tensors2 target_attention(Tensor query, Tensor interests, OptionalTensor key_weight,
+                          OptionalTensor key_bias, OptionalTensor value_weight,
+                          OptionalTensor value_bias, OptionalTensor capsule_mask, double scale,
+                          int64_t power, bool hard) {
+  Device device(query);
+  AttentionArgs args = arguments(device, query, interests, key_weight, key_bias, value_weight,
+                                 value_bias, capsule_mask, scale, power, hard);
   Tensor out = empty(query, query.sizes());
   std::vector<int64_t> sizes = query.sizes().vec();
   sizes.back() = interests.size(1);
   Tensor coefficients = empty(query, sizes);
-  Device device(query);
-  AttentionArgs args = arguments(device, query, interests, key_weight, value_weight, value_bias,
-                                 capsule_mask, scale, power, hard);
   args.out = with_candidates(out, 3);
   args.coefficients = with_candidates(coefficients, 3);
   kernels().target_attention(args);
@@ -45,8 +62,8 @@ Tensors6 target_attention_backward(Tensor grad, OptionalTensor grad_weights, Ten
   const auto grads = gradients_like<6>(
       {query, interests, key_weight, key_bias, value_weight, value_bias}, query, needs);
   Device device(query);
-  AttentionArgs args = arguments(device, query, interests, key_weight, value_weight, value_bias,
-                                 capsule_mask, scale, power, hard);
+  AttentionArgs args = arguments(device, query, interests, key_weight, key_bias, value_weight,
+                                 value_bias, capsule_mask, scale, power, hard);
   args.grad = with_candidates(grad, 3);
   if (grad_weights.has_value()) args.grad_coefficients = with_candidates(*grad_weights, 3);
   if (needs & 1) args.grad_query = with_candidates(grads[0], 3);

@@ -83,17 +83,56 @@ inline bool is_jagged(const Tensor& values, int64_t dims, const std::optional<Te
   return true;
 }
 
-// Whether a tensor has this shape, and the dtype and device of `like`.
-inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
-  if (tensor.scalar_type() != like.scalar_type() || tensor.device() != like.device() ||
-      tensor.dim() != int64_t(sizes.size())) {
-    return false;
-  }
+// Whether a tensor is of a type that kernels compute in or convert.
+inline bool is_floating(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != int64_t(sizes.size())) return false;
   int64_t d = 0;
   for (const int64_t size : sizes) {
     if (tensor.size(d++) != size) return false;
   }
   return true;
+}
+
+// Whether a tensor has this shape, and the dtype and device of `like`.
+inline bool fits(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device() &&
+         has_shape(tensor, sizes);
+}
+
+// The same of a tensor that may be absent.
+inline bool fits(const std::optional<Tensor>& tensor, const Tensor& like,
+                 std::initializer_list<int64_t> sizes) {
+  return !tensor.has_value() || fits(*tensor, like, sizes);
+}
+
+// Whether a mask that may be absent is one of this shape, on the device of `like`.
+inline bool is_mask(const std::optional<Tensor>& mask, const Tensor& like,
+                    std::initializer_list<int64_t> sizes) {
+  return !mask.has_value() || (mask->scalar_type() == ScalarType::Bool &&
+                               mask->device() == like.device() && has_shape(*mask, sizes));
+}
+
+// Whether what says where histories end is that: a mask [B, L], lengths [B] or offsets [B+1].
+inline bool tells_lengths(const std::optional<Tensor>& mask, const Tensor& like, int64_t batch,
+                          int64_t length, bool jagged) {
+  if (!mask.has_value() || mask->dim() == 2) return !jagged && is_mask(mask, like, {batch, length});
+  const bool integers =
+      mask->scalar_type() == ScalarType::Long || mask->scalar_type() == ScalarType::Int;
+  return integers && mask->device() == like.device() &&
+         has_shape(*mask, {jagged ? batch + 1 : batch});
+}
+
+// Refuses what no kernel could run on. The Python function of the op finds out what is wrong, and
+// looks at nothing before.
+inline void check_fit(bool fit, const char* op) {
+  STD_TORCH_CHECK(fit, "mimnet_fast: the tensors do not fit each other; mimnet_fast.ops.", op,
+                  " says which one");
 }
 
 // torch::stable::new_empty without its way through the boxed dispatcher.
@@ -133,15 +172,30 @@ View wanted(const std::array<Tensor, N>& gradients, int64_t needs, int i) {
   return needs >> i & 1 ? view(gradients[i]) : View{};
 }
 
-inline FusionWeights fusion_weights(const Tensor& fine_kw, const Tensor& fine_vw,
-                                    const Tensor& fine_vb, const Tensor& coarse_kw,
-                                    const Tensor& coarse_vw, const Tensor& coarse_vb,
-                                    const Tensor& weight, const Tensor& bias) {
-  return {{view(fine_kw), view(fine_vw), view(fine_vb)},
-          {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
-          view(weight),
-          view(bias)};
-}
+// Both attentions and the gate.
+struct FusionTensors {
+  const Tensor &fine_kw, &fine_kb, &fine_vw, &fine_vb;
+  const Tensor &coarse_kw, &coarse_kb, &coarse_vw, &coarse_vb;
+  const Tensor &weight, &bias;
+
+  bool fit(const Tensor& like, int64_t d) const {
+    const auto attention = [&](const Tensor& kw, const Tensor& kb, const Tensor& vw,
+                               const Tensor& vb) {
+      return fits(kw, like, {d, d}) && fits(kb, like, {d}) && fits(vw, like, {d, d}) &&
+             fits(vb, like, {d});
+    };
+    return attention(fine_kw, fine_kb, fine_vw, fine_vb) &&
+           attention(coarse_kw, coarse_kb, coarse_vw, coarse_vb) && fits(weight, like, {2 * d}) &&
+           (fits(bias, like, {1}) || fits(bias, like, {}));
+  }
+
+  FusionWeights weights() const {
+    return {{view(fine_kw), view(fine_vw), view(fine_vb)},
+            {view(coarse_kw), view(coarse_vw), view(coarse_vb)},
+            view(weight),
+            view(bias)};
+  }
+};
 
 // The gradients of both attentions and the gate, in the order of the schemas, starting at `first`.
 // The key biases stay out: the softmax does not see them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -86,10 +87,17 @@ def _differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return backward(ctx, *grads)
 
+    # What `Eager.apply` ends in, without what it does before for torch.func.
+    apply = super(torch.autograd.Function, Eager).apply
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        return Eager.apply(*args) if torch.is_grad_enabled() else below_autograd(*args)
+        if not torch.is_grad_enabled():
+            return below_autograd(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Eager.apply(*args)
+        return apply(*args)
 
     return call
 
@@ -100,9 +108,15 @@ def bits(needs: tuple[bool, ...]) -> int:
     return sum(1 << i for i, need in enumerate(needs) if need)
 
 
-def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+@lru_cache
+def _picked(needs: tuple[bool, ...]) -> Callable[[Sequence[Any]], Any]:
+    return itemgetter(*(i if need else -1 for i, need in enumerate(needs)))
+
+
+def wanted(grads: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients that were asked for; the backward op returns empty tensors for the others."""
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    found: tuple[Tensor | None, ...] = _picked(needs)((*grads, None))
+    return found
 
 
 def empty_or_like(tensors: Sequence[Tensor | None], like: Tensor, needs: int) -> tuple[Tensor, ...]:

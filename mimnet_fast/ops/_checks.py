@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimnet_fast import backends
+
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -120,7 +122,7 @@ def offsets(
     if tensor.shape[0] < 1:
         raise ValueError(f"{name}: got no value, need [B+1]: 0 and the end of every history")
     _same_device(name, tensor, like)
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    if torch.compiler.is_compiling() or not tensor.is_cpu:
         return tensor
     if tensor[0] != 0:
         raise ValueError(f"{name}: start at {int(tensor[0])}, need 0")
@@ -155,7 +157,7 @@ def in_range(name: str, tensor: Tensor, low: int, high: int, meaning: str) -> No
     On other devices a look at the values would stall the stream, and while tracing there are none;
     the kernels are safe there: lengths are clamped, ids are checked by the CPU kernel.
     """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.numel() == 0:
+    if torch.compiler.is_compiling() or not tensor.is_cpu or tensor.numel() == 0:
         return
     smallest, largest = torch.aminmax(tensor)
     for value in (int(smallest), int(largest)):
@@ -201,8 +203,9 @@ def lengths_to_mask(mask: Tensor | None, length: int) -> Tensor | None:
     return torch.arange(length, device=mask.device) < mask[:, None]
 
 
-def autocast(tensors: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
+def autocast(tensors: tuple[Any, ...], like: Tensor) -> tuple[Any, ...]:
     """Under ``torch.autocast`` the tensors in its dtype, float64 apart, as for a linear layer."""
+    device_type = backends.device_type(like)
     # A meta tensor, for one, knows no autocast.
     if not torch.amp.is_autocast_available(device_type):
         return tensors

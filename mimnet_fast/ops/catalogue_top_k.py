@@ -81,7 +81,7 @@ def catalogue_top_k(
     check_count("fine", fine)
     check_count("coarse", coarse)
     tensors = (interests, items, prototypes, *fine, *coarse, fusion_weight, fusion_bias)
-    tensors = _checks.autocast(tensors, interests.device.type)
+    tensors = _checks.autocast(tensors, interests)
     interests, items, prototypes = tensors[:3]
     batch, capsules, d = interests.shape
     n, p = items.shape[0], prototypes.shape[0]
@@ -146,7 +146,7 @@ def _unsupported(like: Tensor, **sizes: int) -> dict[str, list[str]]:
     most: dict[tuple[str, str], dict[str, int]] = {
         ("triton", "Triton"): {"K": 16, "D": 32 if like.dtype is torch.float32 else 64, "k": 64}
     }
-    if like.device.type != "cpu":
+    if not like.is_cpu:
         most["native", "CUDA"] = {"k": 2048}
     return {
         backend: [

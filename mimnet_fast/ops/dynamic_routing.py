@@ -174,7 +174,7 @@ def dynamic_routing(
     else:
         batch = inputs.shape[0]
         _checks.not_empty("inputs", L=rows, D_in=d_in)
-    inputs, weight, logits = _checks.autocast((inputs, weight, logits), inputs.device.type)
+    inputs, weight, logits = _checks.autocast((inputs, weight, logits), inputs)
     if weight is not None:
         tail = (d_in, weight.shape[-1])
         shape = (*((), (k,), (length, k))[weight.dim() - 2], *tail)
@@ -203,7 +203,7 @@ def dynamic_routing(
     squash_code, power = check_squash(squash, eps, power, "squash")
 
     unsupported: dict[str, list[str]] = {}
-    device = "cpu" if inputs.device.type == "cpu" else "cuda"
+    device = "cpu" if inputs.is_cpu else "cuda"
     for name, kind in SERVE_SOME_OPTIONS[device].items():
         asked = {}
         if name == "triton":
@@ -367,8 +367,8 @@ def _backward(
         iterations, axis, padding, update, normalize, full, inner, final, temperature, squash, eps,
         power,
     ) = ctx.options  # fmt: skip
-    needs = list(ctx.needs_input_grad[:3])
-    needs[2] = needs[2] and full
+    of_inputs, of_weight, of_logits, *_ = ctx.needs_input_grad
+    needs = of_inputs, of_weight, of_logits and full
     grads: list[Tensor | None] = [None, None, None]
     if grad is not None and torch.is_grad_enabled():
 
@@ -400,7 +400,7 @@ def _backward(
         offsets = mask if x.dim() == 2 else None
         first = (logits, mask, capsule_mask) if full else (None, offsets, None)
         found = kernel(
-            grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(tuple(needs))
+            grad, x, weight, *first, coupling, pooled, *ctx.options, _autograd.bits(needs)
         )
         grads = _autograd.wanted(found, needs)
     return (*grads, *(None,) * 15)

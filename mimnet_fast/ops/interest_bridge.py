@@ -73,7 +73,7 @@ def interest_bridge(
     interests = _checks.leading("interests", interests, (3,), "[B, K, D_i]")
     source = _checks.is_tensor("source", source, (2, 3), _SOURCE)
     interests, source, w1, b1, w2, b2 = _checks.autocast(
-        (interests, source, w1, b1, w2, b2), interests.device.type
+        (interests, source, w1, b1, w2, b2), interests
     )
     batch, k, d_interest = interests.shape
     d_source = source.shape[-1]
@@ -107,8 +107,8 @@ def _backward(kernel: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, needs = ctx.saved_tensors, ctx.needs_input_grad
     if torch.is_grad_enabled():
         return tuple(_autograd.reference_vjp(reference.interest_bridge, inputs, needs, [grad]))
-    found = kernel(grad, *inputs, _autograd.bits(tuple(needs)))
-    return tuple(_autograd.wanted(found, needs))
+    found = kernel(grad, *inputs, _autograd.bits(needs))
+    return _autograd.wanted(found, needs)
 
 
 _CALLS = _autograd.register("interest_bridge", _fake, _fake_backward, _setup, _backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,8 +95,9 @@ def mimnet_forward(
         lengths is None
         and offsets is None
         and isinstance(parameters, MIMNetParameters)
-        and backends.trusts_native(backend, source, (history, table, item, prototype, logits, mask))
-        and not any(t is not None and t.requires_grad for t in (table, logits))
+        and backends.trusts_native(backend, source, history, table, item, prototype, logits, mask)
+        and not logits.requires_grad
+        and (table is None or not table.requires_grad)
         and (mask is None or mask.dim() == 2)  # to the op, fewer are lengths or offsets
     ):
         try:
@@ -114,7 +116,7 @@ def mimnet_forward(
     check_count("parameters.fine", parameters.fine)
     check_count("parameters.coarse", parameters.coarse)
     floats = (source, item, prototype, table, logits, *parameters.flat())
-    source, item, prototype, table, logits, *flat = _checks.autocast(floats, source.device.type)
+    source, item, prototype, table, logits, *flat = _checks.autocast(floats, source)
     p = MIMNetParameters.of(flat)
     batch, d = source.shape
     rows = None if jagged else batch
@@ -150,7 +152,7 @@ def mimnet_forward(
     reasons = {name: list(unsupported) for name in backends.KERNELS}
     if jagged:
         padding_code = PADDINGS.index("ignore")
-        device = "cpu" if source.device.type == "cpu" else "cuda"
+        device = "cpu" if source.is_cpu else "cuda"
         if kind := SERVE_SOME_OPTIONS[device].get("native"):
             reasons["native"].append(f"no {kind} kernel for jagged histories in this version")
     chosen = backends.select("mimnet_forward", backend, source, reasons)
@@ -192,8 +194,8 @@ def _keeps(source: Tensor, logits: Tensor) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        and source.device.type in _KEEPING
         and source.shape[-1] ** 2 >= 32 * logits.shape[-2]
+        and backends.device_type(source) in _KEEPING
     )
 
 
@@ -219,7 +221,7 @@ def _check_history(history: Any, table: Tensor | None, batch: int | None, like: 
         embedded = _checks.leading(
             "history", history, (dims + 1,), f"{meaning} (or ids with table=...)"
         )
-        (embedded,) = _checks.autocast((embedded,), like.device.type)
+        (embedded,) = _checks.autocast((embedded,), like)
         inner = (*embedded.shape[1:-1], d)
         first = embedded.shape[0] if batch is None else batch
         _checks.same("history", embedded, (first, *inner), meaning, like)
@@ -279,47 +281,39 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(
     kernel: Any, ctx: Any, grad: Tensor | None, *_kept: None
 ) -> tuple[Tensor | None, ...]:
-    pooled, transferred, hidden_grad, history, table, *others = ctx.saved_tensors
-    logits, mask = others[-2:]
     flags = ctx.needs_input_grad
-    needs = list(_differentiable(flags[0], *flags[2:]))
-    grads: list[Tensor | None] = [None] * len(needs)
+    needs = flags[:1] + flags[2 : 5 + _PARAMETERS]
+    grads: Sequence[Tensor | None] = [None] * len(needs)
     if grad is not None and torch.is_grad_enabled():
-
-        def again(
-            history: Tensor, source: Tensor, item: Tensor, prototype: Tensor, *flat: Tensor
-        ) -> Tensor:
-            padded, first, real = _padded(history, logits, mask, table)
-            return reference.mimnet_forward(
-                padded,
-                source,
-                item,
-                prototype,
-                MIMNetParameters.of(flat),
-                first,
-                mask=real,
-                table=table,
-                iterations=ctx.iterations,
-                padding=PADDINGS[ctx.padding],
-            )
-
-        inputs = _differentiable(history, *others)
-        grads = _autograd.reference_vjp(again, inputs, needs, [grad])
+        grads = _differentiable_backward(ctx, grad, needs)
     elif grad is not None:
-        found = kernel(
-            grad,
-            pooled,
-            transferred,
-            hidden_grad,
-            history,
-            table,
-            *others,
-            ctx.iterations,
-            ctx.padding,
-            _autograd.bits(tuple(needs)),
-        )
+        found = kernel(grad, *ctx.saved_tensors, ctx.iterations, ctx.padding, _autograd.bits(needs))
         grads = _autograd.wanted(found, needs)
     return (grads[0], None, *grads[1:], *(None,) * 5)
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    _, _, _, history, table, *others = ctx.saved_tensors
+    logits, mask = others[-2:]
+
+    def again(
+        history: Tensor, source: Tensor, item: Tensor, prototype: Tensor, *flat: Tensor
+    ) -> Tensor:
+        padded, first, real = _padded(history, logits, mask, table)
+        return reference.mimnet_forward(
+            padded,
+            source,
+            item,
+            prototype,
+            MIMNetParameters.of(flat),
+            first,
+            mask=real,
+            table=table,
+            iterations=ctx.iterations,
+            padding=PADDINGS[ctx.padding],
+        )
+
+    return _autograd.reference_vjp(again, _differentiable(history, *others), needs, [grad])
 
 
 _CALLS = _autograd.register("mimnet_forward", _fake, _fake_backward, _setup, _backward)

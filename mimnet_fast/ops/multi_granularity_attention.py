@@ -93,7 +93,7 @@ def multi_granularity_attention(
     check_count("fine", fine)
     check_count("coarse", coarse)
     tensors = (item, prototype, interests, *fine, *coarse, fusion_weight, fusion_bias)
-    tensors = _checks.autocast(tensors, item.device.type)
+    tensors = _checks.autocast(tensors, item)
     item, prototype, interests = tensors[:3]
     d, k = item.shape[-1], interests.shape[1]
     _checks.same("prototype", prototype, tuple(item.shape), "the shape of item", item)
@@ -142,9 +142,9 @@ def _backward(
         torch.zeros_like(inputs[0]) if grad is None else grad,
         grad_gate,
         *inputs,
-        _autograd.bits(tuple(needs)),
+        _autograd.bits(needs),
     )
-    return tuple(_autograd.wanted(found, needs))
+    return _autograd.wanted(found, needs)
 
 
 _CALLS = _autograd.register("multi_granularity_attention", _fake, _fake_backward, _setup, _backward)

@@ -89,7 +89,7 @@ def target_attention(
     query = _checks.leading("query", query, (2, 3), _QUERY)
     _checks.is_tensor("interests", interests, (3,), "[B, K, D]")
     query, interests, key_weight, key_bias, value_weight, value_bias = _checks.autocast(
-        (query, interests, key_weight, key_bias, value_weight, value_bias), query.device.type
+        (query, interests, key_weight, key_bias, value_weight, value_bias), query
     )
     k = interests.shape[1]
     shape = (query.shape[0], k, query.shape[-1])
@@ -157,7 +157,7 @@ def _backward(
     kernel: Any, ctx: Any, grad: Tensor | None, grad_weights: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *tensors, capsule_mask = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
+    needs = ctx.needs_input_grad[:6]
     grads: list[Tensor | None] = [None] * 6
     if torch.is_grad_enabled():
 
@@ -180,7 +180,7 @@ def _backward(
             ctx.scale,
             ctx.power,
             ctx.hard,
-            _autograd.bits(tuple(needs)),
+            _autograd.bits(needs),
         )
         grads = _autograd.wanted(found, needs)
     return (*grads, *(None,) * 4)
