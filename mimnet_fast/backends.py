@@ -91,7 +91,11 @@ class Served(NamedTuple):
     why: str
 
 
-_PLAIN = frozenset((Tensor, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError)
+"""What a call may end in that went to the compiled kernels as it was."""
+
 
 _watched: list[Served] | None = None
 """Where :func:`watch` collects."""
@@ -240,8 +244,8 @@ def trusts_native(backend: str | None, like: Any, *tensors: Any) -> bool:
     """
     return (
         (_default if backend is None else backend) in ("auto", "native")
-        and type(like) is Tensor
-        and _PLAIN.issuperset(map(type, tensors))
+        and isinstance(like, Tensor)
+        and _PLAIN.issuperset(map(type, (like, *tensors)))
         and _watched is None
         and not torch.compiler.is_compiling()
         and _problem("native", device := device_type(like), like.dtype) is None

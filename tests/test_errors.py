@@ -517,7 +517,7 @@ WRONG = {
 # Looks at lengths and ids, a module's first logits, and the copies that `verify` works on.
 LOOKS = {"aminmax", "_local_scalar_dense", "select", "randn", "detach", "_to_copy"}
 # Ops that refuse a wrong call themselves; what is wrong is looked for afterwards.
-REFUSE = {"mimnet_forward"}
+REFUSE = {op for op in ops.DIFFERENTIABLE if op != "squash"}
 
 
 class NothingComputed(TorchDispatchMode):
@@ -587,6 +587,59 @@ def test_every_tensor_is_checked_for_shape(name):
                 assert all(out.isfinite().all() for out in outputs)
             assert re.match(r"[a-z0-9_.]+: got ", message)
     assert rejected > 2 * len(tensors) / 3
+
+
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_integers_where_numbers_belong(name):
+    """All tensors of one dtype fit each other, and still no kernel can compute with integers."""
+    wrong = EVERY_OP[name]().map(lambda t: t.long() if t.is_floating_point() else t)
+    with NothingComputed(), pytest.raises(TypeError, match=r"^[a-z]+: got dtype torch.int64"):
+        wrong()
+
+
+class Caught(TorchDispatchMode):
+    """The compiled ops that are called, with what they are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mimnet_fast" and not func.name().endswith("_triton"):
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    backends.available()["native"] is not None, reason="the compiled kernels are missing"
+)
+@pytest.mark.parametrize("name", EVERY_OP)
+def test_compiled_ops_refuse_what_does_not_fit(name):
+    """Those who call `torch.ops` themselves get an error and no look beyond a tensor's end."""
+    call = EVERY_OP[name]()
+    if call.op is ops.squash:
+        pytest.skip("squash takes one tensor")
+    with Caught() as caught:
+        call.gradients(backend="native")
+    inputs = {arg.data_ptr() for arg in caught.calls[0][1] if isinstance(arg, torch.Tensor)}
+    refused = 0
+    for op, args in caught.calls:  # forward and backward
+        for i, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor) and arg.data_ptr() in inputs:
+                wrong = arg[None] if arg.dim() else arg.expand(2)
+                with pytest.raises(RuntimeError, match=r"do not fit|need offsets"):
+                    op(*args[:i], wrong, *args[i + 1 :])
+                refused += 1
+    assert refused > len(inputs)
+
+
+def test_options_that_equal_valid_ones():
+    """A number that was seen to be valid vouches for no equal value of another type."""
+    logits = ones(1, 6, 5)
+    ops.dynamic_routing(X, WK, logits, iterations=1, temperature=1.0)
+    for option in ("iterations", "temperature"):
+        with pytest.raises(TypeError, match=rf"^{option}: got bool"):
+            ops.dynamic_routing(X, WK, logits, **{"iterations": 1, option: True})
 
 
 def test_edges_that_are_no_errors():

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "ops.h"
 
 namespace mimnet_fast::binding {
@@ -19,8 +21,8 @@ AttentionArgs arguments(Device& device, const Tensor& query, const Tensor& inter
     };
     return k > 0 && d > 0 && fits(interests, query, {batch, k, d}) &&
            projection(key_weight, key_bias) && projection(value_weight, value_bias) &&
-           is_mask(capsule_mask, query, {batch, k}) && scale > 0 && power > 0 &&
-           (power == 1 || !key_bias.has_value());  // which cancels only there
+           is_mask(capsule_mask, query, {batch, k}) && std::isfinite(scale) && scale > 0 &&
+           power > 0 && (power == 1 || !key_bias.has_value());  // which cancels only there
   };
   check_fit(fit(), "target_attention");
   AttentionArgs args{};

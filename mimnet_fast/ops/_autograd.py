@@ -49,8 +49,15 @@ def register_inference(name: str, fake: Callable[..., Any]) -> dict[str, Callabl
 
 def _declare(module: str, function: str, fake: Callable[..., Any]) -> dict[str, Any]:
     """One registered op for each backend, served by ``kernels/<module>.py`` in Triton."""
+
+    def on_one_device(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+        if len(devices) > 1:  # a meta tensor among others leads here
+            raise RuntimeError(f"{function}: the tensors are on {' and '.join(map(str, devices))}")
+        return fake(*args)
+
     for suffix in SUFFIX.values():
-        torch.library.register_fake(f"mimnet_fast::{function}{suffix}", fake)
+        torch.library.register_fake(f"mimnet_fast::{function}{suffix}", on_one_device)
     run = partial(_run_triton, module, function)
     LIBRARY.impl(f"{function}{SUFFIX['triton']}", run, "CompositeExplicitAutograd")
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ _INPUTS = "[B, L, D_in], or the votes [B, K, L, D] when weight is None"
 LOGITS = "[B, K, L] or [1, K, L]"
 JAGGED_LOGITS = f"[K, T], {LOGITS}"
 _WEIGHT = "None, [D_in, D], [K, D_in, D] or [L, K, D_in, D]"
-SERVE_SOME_OPTIONS = {
+_SERVE_SOME_OPTIONS = {
     "cpu": {"triton": "Triton"},
     "cuda": {"native": "CUDA", "triton": "Triton"},
 }
-"""Backends without kernels for some options, by device, and what their kernels are called."""
+
+
+def serve_some(like: Tensor) -> dict[str, str]:
+    """Backends without kernels for some options, and what their kernels are called."""
+    return _SERVE_SOME_OPTIONS["cpu" if like.is_cpu else "cuda"]
 
 
 def _capsules(candidates: dict[str, int | None]) -> int:
@@ -137,6 +143,29 @@ def dynamic_routing(
         >>> coupling[0, :, 0].round(decimals=3)
         tensor([1., 0., 0.])
     """
+    options = (
+        iterations, softmax_over, padding, update, normalize_agreement, gradient, inner_squash,
+        final_squash, temperature, squash, eps, power,
+    )  # fmt: skip
+    if (
+        lengths is None
+        and offsets is None
+        and num_capsules is None
+        and logits is not None
+        and backends.trusts_native(backend, inputs, weight, logits, mask, capsule_mask)
+        and "native" not in serve_some(inputs)
+        and (mask is None or mask.dim() == 2)  # to the op, fewer are lengths or offsets
+    ):
+        try:
+            codes = _known_codes(*options)
+            constant = not codes[_FULL] and logits.requires_grad
+            start = logits.detach() if constant else logits
+            capsules, coupling, _ = _CALLS["native"](
+                inputs, weight, start, mask, capsule_mask, logits.shape[-2], *codes
+            )
+            return _outputs(capsules, coupling, return_coupling)
+        except backends.REFUSALS:
+            pass  # the checks below say what does not fit
     inputs, offsets = _jagged.unpack("inputs", inputs, offsets)
     jagged = offsets is not None
     if jagged:
@@ -190,21 +219,13 @@ def dynamic_routing(
         real = _checks.history_mask(mask, lengths, batch, rows, inputs)
     if capsule_mask is not None:
         _checks.capsule_mask(capsule_mask, batch, k, inputs)
-    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
-    temperature = _checks.number(
-        "temperature", temperature, above=0.0, meaning="divides the logits"
-    )
-    axis_code = code("softmax_over", softmax_over, SOFTMAX_AXES)
-    padding_code = code("padding", padding, PADDINGS)
+    codes = _codes(*options)
+    full = codes[_FULL]
     if jagged:
-        padding, padding_code = "ignore", PADDINGS.index("ignore")
-    full = code("gradient", gradient, GRADIENTS) == GRADIENTS.index("full")
-    update_code = code("update", update, UPDATES)
-    squash_code, power = check_squash(squash, eps, power, "squash")
+        padding, codes = "ignore", (*codes[:2], PADDINGS.index("ignore"), *codes[3:])
 
     unsupported: dict[str, list[str]] = {}
-    device = "cpu" if inputs.is_cpu else "cuda"
-    for name, kind in SERVE_SOME_OPTIONS[device].items():
+    for name, kind in serve_some(inputs).items():
         asked = {}
         if name == "triton":
             asked["jagged histories with a weight per position and capsule"] = (
@@ -254,19 +275,50 @@ def dynamic_routing(
             real,
             capsule_mask,
             k,
-            iterations,
-            axis_code,
-            padding_code,
-            update_code,
-            normalize_agreement,
-            full,
-            inner_squash,
-            final_squash,
-            temperature,
-            squash_code,
-            eps,
-            power,
+            *codes,
         )
+    return _outputs(capsules, coupling, return_coupling)
+
+
+_FULL = 5  # of the codes
+
+
+def _codes(
+    iterations: Any,
+    softmax_over: Any,
+    padding: Any,
+    update: Any,
+    normalize_agreement: bool,
+    gradient: Any,
+    inner_squash: bool,
+    final_squash: bool,
+    temperature: Any,
+    squash: Any,
+    eps: Any,
+    power: Any,
+) -> tuple[Any, ...]:
+    """The options as the op takes them, checked."""
+    _checks.whole("iterations", iterations, 1, "the number of weighted sums")
+    temperature = _checks.number(
+        "temperature", temperature, above=0.0, meaning="divides the logits"
+    )
+    axis = code("softmax_over", softmax_over, SOFTMAX_AXES)
+    padding = code("padding", padding, PADDINGS)
+    full = code("gradient", gradient, GRADIENTS) == GRADIENTS.index("full")
+    update = code("update", update, UPDATES)
+    form, power = check_squash(squash, eps, power, "squash")
+    return (
+        iterations, axis, padding, update, normalize_agreement, full, inner_squash, final_squash,
+        temperature, form, eps, power,
+    )  # fmt: skip
+
+
+_known_codes = lru_cache(typed=True)(_codes)
+
+
+def _outputs(
+    capsules: Tensor, coupling: Tensor, return_coupling: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     return (capsules, coupling.detach().to(capsules.dtype)) if return_coupling else capsules
 
 
@@ -369,7 +421,7 @@ def _backward(
     ) = ctx.options  # fmt: skip
     of_inputs, of_weight, of_logits, *_ = ctx.needs_input_grad
     needs = of_inputs, of_weight, of_logits and full
-    grads: list[Tensor | None] = [None, None, None]
+    grads: Sequence[Tensor | None] = [None, None, None]
     if grad is not None and torch.is_grad_enabled():
 
         def again(x: Tensor, weight: Tensor | None, logits: Tensor | None) -> Tensor:

@@ -70,6 +70,11 @@ def interest_bridge(
         >>> torch.equal(interest_bridge(interests, source, w1, b1, w2, b2)[:, 0], source)
         True
     """
+    if backends.trusts_native(backend, interests, source, w1, b1, w2, b2):
+        try:
+            return _CALLS["native"](interests, source, w1, b1, w2, b2)
+        except backends.REFUSALS:
+            pass  # the checks below say what does not fit
     interests = _checks.leading("interests", interests, (3,), "[B, K, D_i]")
     source = _checks.is_tensor("source", source, (2, 3), _SOURCE)
     interests, source, w1, b1, w2, b2 = _checks.autocast(

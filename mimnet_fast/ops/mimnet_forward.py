@@ -14,8 +14,8 @@ from mimnet_fast.ops import _autograd, _checks, _jagged
 from mimnet_fast.ops.dynamic_routing import (
     JAGGED_LOGITS,
     LOGITS,
-    SERVE_SOME_OPTIONS,
     saved_dtype,
+    serve_some,
 )
 from mimnet_fast.ops.interest_bridge import check_bridge
 from mimnet_fast.ops.multi_granularity_attention import check_count, check_fusion
@@ -96,7 +96,7 @@ def mimnet_forward(
         and offsets is None
         and isinstance(parameters, MIMNetParameters)
         and backends.trusts_native(backend, source, history, table, item, prototype, logits, mask)
-        and not logits.requires_grad
+        and (logits is None or not logits.requires_grad)
         and (table is None or not table.requires_grad)
         and (mask is None or mask.dim() == 2)  # to the op, fewer are lengths or offsets
     ):
@@ -104,8 +104,8 @@ def mimnet_forward(
             tensors = history, table, source, item, prototype, *parameters.flat(), logits, mask
             keep = _keeps(source, logits)
             return _CALLS["native"](*tensors, iterations, padding_code, keep)[0]
-        except (AttributeError, IndexError, RuntimeError, TypeError):
-            pass  # something does not fit: what, the checks below say
+        except backends.REFUSALS:
+            pass  # the checks below say what does not fit
     source = _checks.leading("source", source, (2,), "[B, D]")
     history, offsets = _jagged.unpack("history", history, offsets)
     jagged = offsets is not None
@@ -152,8 +152,7 @@ def mimnet_forward(
     reasons = {name: list(unsupported) for name in backends.KERNELS}
     if jagged:
         padding_code = PADDINGS.index("ignore")
-        device = "cpu" if source.is_cpu else "cuda"
-        if kind := SERVE_SOME_OPTIONS[device].get("native"):
+        if kind := serve_some(source).get("native"):
             reasons["native"].append(f"no {kind} kernel for jagged histories in this version")
     chosen = backends.select("mimnet_forward", backend, source, reasons)
     if chosen == "reference":
@@ -244,9 +243,6 @@ def _check_history(history: Any, table: Tensor | None, batch: int | None, like: 
 def _fake(
     history: Tensor, table: Tensor | None, source: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = [t for t in (history, table, *others) if isinstance(t, Tensor)]
-    if any(t.device != source.device for t in given):  # a meta tensor among others leads here
-        raise RuntimeError("mimnet_forward: the tensors are on several devices")
     batch, d = source.shape
     k, hidden = others[2 + _PARAMETERS].shape[-2], others[3].shape[0]
     saved = saved_dtype(source.dtype)

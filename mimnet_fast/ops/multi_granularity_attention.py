@@ -88,6 +88,14 @@ def multi_granularity_attention(
         >>> gate
         tensor([0.5000, 0.5000])
     """
+    if isinstance(fine, tuple) and isinstance(coarse, tuple):
+        tensors = (item, prototype, interests, *fine, *coarse, fusion_weight, fusion_bias)
+        if backends.trusts_native(backend, *tensors):
+            try:
+                out, gate = _CALLS["native"](*tensors)
+                return (out, gate) if return_gate else out
+            except backends.REFUSALS:
+                pass  # the checks below say what does not fit
     item = _checks.leading("item", item, (2, 3), "[B, D] or [B, C, D]")
     _checks.is_tensor("interests", interests, (3,), "[B, K, D]")
     check_count("fine", fine)

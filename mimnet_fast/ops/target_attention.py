@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,6 +87,13 @@ def target_attention(
         >>> weights
         tensor([[1., 0., 0.]])
     """
+    tensors = (query, interests, key_weight, key_bias, value_weight, value_bias, capsule_mask)
+    if type(scale) is float and power == 1.0 and backends.trusts_native(backend, *tensors):
+        try:
+            out, weights = _CALLS["native"](*tensors, scale, 1, hard)
+            return (out, weights) if return_weights else out
+        except backends.REFUSALS:
+            pass  # the checks below say what does not fit
     query = _checks.leading("query", query, (2, 3), _QUERY)
     _checks.is_tensor("interests", interests, (3,), "[B, K, D]")
     query, interests, key_weight, key_bias, value_weight, value_bias = _checks.autocast(
@@ -158,7 +166,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, capsule_mask = ctx.saved_tensors
     needs = ctx.needs_input_grad[:6]
-    grads: list[Tensor | None] = [None] * 6
+    grads: Sequence[Tensor | None] = [None] * 6
     if torch.is_grad_enabled():
 
         def again(*tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,6 @@ def load() -> None:
 
     torch.ops.load_library(build("cuda_on_host"))
     backends._SERVE_FLOAT64.remove(("native", "cpu"))
-    options = importlib.import_module("mimnet_fast.ops.dynamic_routing").SERVE_SOME_OPTIONS
+    options = importlib.import_module("mimnet_fast.ops.dynamic_routing")._SERVE_SOME_OPTIONS
     options["cpu"] = options["cuda"]
     importlib.import_module("mimnet_fast.ops.mimnet_forward")._KEEPING.clear()
