@@ -129,8 +129,8 @@ struct LaneMath {
 };
 
 // exp for arguments up to 88; what is below the smallest normal number is 0. Error under 2 ulp: the
-// argument is reduced to |r| <= ln(2)/2 with ln(2) in two parts, then the Taylor series to
-// degree 7.
+// argument is reduced to |r| <= ln(2)/2 with ln(2) in two parts, then a polynomial of degree 6
+// whose largest relative error there is 3e-9.
 MIMNET_FAST_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> bounded = maximum(x, splat(-87.33654f));
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
@@ -138,17 +138,16 @@ MIMNET_FAST_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> whole = shifted - round;
   Vec<float> r = bounded - whole * 0.693359375f;
   r = r + whole * 2.12194440e-4f;
-  Vec<float> p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
+  Vec<float> p = splat(0.00138145394f);
+  p = p * r + 0.00836874545f;
+  p = p * r + 0.0416683890f;
+  p = p * r + 0.166665211f;
+  p = p * r + 0.49999994f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Int<float> exponent = __builtin_convertvector(whole, Int<float>);
-  const Vec<float> scale = (Vec<float>)((exponent + 127) << 23);
-  return select(x < -87.33654f, Vec<float>{}, p * scale);
+  // The integer is in the last bits of `shifted`: it is added to the exponent.
+  const Vec<float> result = (Vec<float>)((Int<float>)p + ((Int<float>)shifted << 23));
+  return select(x < -87.33654f, Vec<float>{}, result);
 }
 inline Vec<double> exp(Vec<double> x) {
   for (int w = 0; w < kLanes<double>; ++w) x[w] = __builtin_exp(x[w]);
