@@ -2,6 +2,5 @@
 
 import os
 
-# torch's pool of compilers is still at work when the first results of theirs are measured: with it,
-# baselines at B = 128 seemed half as fast.
+# In this process, because nobody says when torch's pool of compilers rests.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
