@@ -88,7 +88,8 @@ def target_attention(
         tensor([[1., 0., 0.]])
     """
     tensors = (query, interests, key_weight, key_bias, value_weight, value_bias, capsule_mask)
-    if type(scale) is float and power == 1.0 and backends.trusts_native(backend, *tensors):
+    plain = type(scale) is type(power) is float and power == 1.0
+    if plain and backends.trusts_native(backend, *tensors):
         try:
             out, weights = _CALLS["native"](*tensors, scale, 1, hard)
             return (out, weights) if return_weights else out
