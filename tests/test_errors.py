@@ -618,9 +618,12 @@ class Caught(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(
+needs_kernels = pytest.mark.skipif(
     backends.available()["native"] is not None, reason="the compiled kernels are missing"
 )
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", EVERY_OP)
 def test_compiled_ops_refuse_what_does_not_fit(name):
     """Those who call `torch.ops` themselves get an error and no look beyond a tensor's end."""
@@ -639,6 +642,19 @@ def test_compiled_ops_refuse_what_does_not_fit(name):
                     op(*args[:i], wrong, *args[i + 1 :])
                 refused += 1
     assert refused > len(inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [routing_call, mimnet_call])
+def test_compiled_ops_refuse_lengths_of_other_users(make):
+    call = make(history="lengths")
+    lengths = call.options["lengths"]
+    with Caught() as caught:
+        call(backend="native")
+    ((op, args),) = caught.calls
+    for wrong in (lengths[1:], lengths.repeat(2), lengths.float()):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            op(*(wrong if arg is lengths else arg for arg in args))
 
 
 def test_options_that_equal_valid_ones():
